@@ -1,0 +1,1 @@
+"""Tables with sources: GPUs, target-module sets, base models that need no hub."""

@@ -1,0 +1,1 @@
+"""Rows of any common format to tokens with a label mask, and three deterministic splits."""

@@ -1,0 +1,1 @@
+"""Lanes of a trial pack on one frozen base model."""

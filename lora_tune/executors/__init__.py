@@ -1,0 +1,1 @@
+"""Where lane jobs run; an executor forms the trial packs itself."""

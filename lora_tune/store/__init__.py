@@ -1,0 +1,1 @@
+"""The study folder: records, lock file, Optuna database, atomic publishing."""

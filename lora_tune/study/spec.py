@@ -1,0 +1,207 @@
+"""StudySpec: the study file as frozen, validated values. The only place where user defaults live.
+
+Every key has a default but ``model.base`` and ``data.train``; unknown keys are refused.
+``study/loader.py`` turns the file into these models and words the errors.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Rank = Annotated[int, Field(strict=True, ge=1, le=1024)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+
+
+class Section(BaseModel):
+    """A section of the study file: immutable, and no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StudySection(Section):
+    """``[study]``: what the study is called and where it writes."""
+
+    name: str = Field(default="", pattern=r"^[\w][\w.-]*$|^$")
+    """Folder name below ``output``; empty: the study file's own name."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
+    """Fixes data order, splits, adapter initialisation, dropout and the sampler."""
+    output: str = "reports"
+    """Folder in which the study's folder is made, relative to the working directory."""
+
+
+class ModelSection(Section):
+    """``[model]``: the frozen base."""
+
+    base: str = Field(min_length=1)
+    """A catalogue name, a hub id, a folder with safetensors, or a ``.gguf`` file."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); only for a hub id."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """``nf4``: 4-bit NormalFloat with double quantization; ``none``: the compute type."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: bfloat16 on CUDA; on a CPU the faster of float32 and bfloat16, by a probe."""
+
+
+class DataSection(Section):
+    """``[data]``: the rows, how they become tokens, and the held-out splits."""
+
+    train: str = Field(min_length=1)
+    """A .jsonl, .json, .csv or .parquet file (relative to the study file), or a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    eval: str | None = None
+    """A file or hub data set whose rows make the selection and confirmation splits."""
+    format: DataFormat = "auto"
+    """``auto`` detects the format of each file and says what it found."""
+    chat_template: str | None = None
+    """For a tokenizer without a chat template: a template's name or a Jinja file."""
+    train_on: Literal["assistant", "last-assistant"] = "assistant"
+    """Which turns carry loss: every assistant turn, or only the last one."""
+    max_length: Annotated[int, Field(strict=True, ge=8)] = 1024
+    """Tokens a row is cut to."""
+    selection_rows: Annotated[int, Field(strict=True, ge=8)] | None = None
+    """Rows that choose between trials; default min(1000, a tenth of the rows), at least 8."""
+    confirmation_rows: Annotated[int, Field(strict=True, ge=8)] | None = None
+    """Rows opened once, for the winner; default as ``selection_rows``."""
+    max_bad_fraction: Fraction = 0.01
+    """The study stops when a larger share of the rows cannot be used."""
+
+
+class TrainSection(Section):
+    """``[train]``: what every trial has in common."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the training split of a full run; ignored when ``max_steps`` is given."""
+    max_steps: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Optimizer steps of a full run."""
+    effective_batch_size: Annotated[int, Field(strict=True, ge=1)] = 16
+    """Rows per optimizer step; the same for every trial, so that losses compare."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
+    """Rows per forward pass and lane; ``auto``: the largest divisor of the batch that fits."""
+    warmup_ratio: Fraction = 0.03
+    """Share of a full run's steps with rising learning rate, at most 100 steps."""
+    cooldown_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.2
+    """Share of a rung's steps over which a branch lowers the learning rate linearly to zero."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW with float32 states, one per lane."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Each lane's gradient is clipped to this norm."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """``auto``: off when the estimate fits without, on when it does not."""
+
+
+class SpaceSection(Section):
+    """``[space]``: what is searched."""
+
+    rank: Annotated[tuple[Rank, ...], Field(min_length=1)] = (4, 8, 16, 32, 64, 128)
+    """LoRA ranks."""
+    alpha_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        0.25,
+        0.5,
+        1.0,
+        2.0,
+        4.0,
+        8.0,
+    )
+    """lora_alpha divided by rank."""
+    lora_alpha: PositiveFloat | None = None
+    """One fixed lora_alpha instead of ``alpha_ratio``."""
+    lora_dropout: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)
+    ] = (0.0, 0.05, 0.1)
+    """Dropout on the adapter's input."""
+    target_modules: Annotated[tuple[str | tuple[str, ...], ...], Field(min_length=1)] = (
+        "attention-qv",
+        "attention",
+        "mlp",
+        "all-linear",
+    )
+    """Named target sets, or lists of module names; ordered from small to large."""
+    learning_rate: tuple[PositiveFloat, PositiveFloat] = (3e-5, 2e-3)
+    """Bounds of the effective step, learning_rate * lora_alpha / 32."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.learning_rate[0] > self.learning_rate[1]:
+            raise ValueError("learning_rate must be [lowest, highest]")
+        if self.lora_alpha is not None and "alpha_ratio" in self.model_fields_set:
+            raise ValueError("give alpha_ratio or lora_alpha, not both")
+        return self
+
+
+class SearchSection(Section):
+    """``[search]``: how many trials, who proposes them, and when they are cut."""
+
+    trials: Annotated[int, Field(strict=True, ge=1)] = 24
+    """Trials in all, those of earlier runs of the same study counted in."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """Who proposes after the anchors."""
+    startup_trials: Annotated[int, Field(strict=True, ge=1)] = 6
+    """Trials, anchors counted in, before TPE models the results."""
+    anchors: bool = True
+    """Begin with known good configurations."""
+    rungs: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (
+        0.125,
+        0.5,
+        1.0,
+    )
+    """Shares of a full run at which trials are compared; the last one is 1."""
+    min_rung_steps: Annotated[int, Field(strict=True, ge=1)] = 50
+    """No rung is shorter; rungs that coincide are merged."""
+    max_hours: PositiveFloat | None = None
+    """Wall-clock budget in hours, earlier runs counted in; no new trial is begun after it."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if list(self.rungs) != sorted(set(self.rungs)) or self.rungs[-1] != 1.0:
+            raise ValueError("rungs must rise and end with 1.0")
+        return self
+
+
+class MemorySection(Section):
+    """``[memory]``: the budget no trial may exceed."""
+
+    gpu: str = "auto"
+    """``auto``: what is free on the device; a catalogue GPU; or a size such as ``24GiB``."""
+    safety: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the budget that a trial pack may use by the estimate."""
+
+
+class SelectSection(Section):
+    """``[select]``: how the winner is chosen and reported."""
+
+    practical_margin: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    """Relative loss difference that is called a tie; the cheaper configuration then wins."""
+    compute_dtype: Literal["auto", "train", "float32"] = "auto"
+    """Confirmation is scored in float32 on a CPU, in the training type on CUDA."""
+
+
+class RunSection(Section):
+    """``[run]``: where trials train and how many at once."""
+
+    executor: Literal["in-process"] = "in-process"
+    """``in-process``: the trial packs train in this process."""
+    lanes: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=256)] = "auto"
+    """Trials trained together; ``auto``: as many as fit and still raise the measured tokens/s."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: CUDA if there is a GPU, else the CPU."""
+
+
+class StudySpec(Section):
+    """A whole study file."""
+
+    study: StudySection = StudySection()
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    space: SpaceSection = SpaceSection()
+    search: SearchSection = SearchSection()
+    memory: MemorySection = MemorySection()
+    select: SelectSection = SelectSection()
+    run: RunSection = RunSection()
