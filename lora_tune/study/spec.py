@@ -40,7 +40,7 @@ class ModelSection(Section):
     """Hub revision (branch, tag or commit); only for a hub id."""
     quantization: Literal["nf4", "none"] = "nf4"
     """``nf4``: 4-bit NormalFloat with double quantization; ``none``: the compute type."""
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 on CUDA; on a CPU the faster of float32 and bfloat16, by a probe."""
 
 

@@ -1,0 +1,206 @@
+"""The frozen base model: loaded once, every linear layer wrapped so that lanes can adapt it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from lora_tune.engine.lora import PackedLinear, PackLayout
+from lora_tune.errors import ModelError
+from lora_tune.records import LinearShape, TokenizedRow
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class BaseModel:
+    """A causal language model whose parameters are frozen and whose linear layers are packed.
+
+    Attributes:
+        layout: Who owns which rows of the running batch; ``TrialPack`` sets it before each pass.
+        linears: Every linear layer that LoRA can adapt, the output head excluded.
+    """
+
+    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.layout = PackLayout()
+        self.linears = linear_shapes(model)
+        self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        for shape in self.linears:
+            layer = model.get_submodule(shape.name)
+            model.set_submodule(shape.name, PackedLinear(layer, shape.name, self.layout))
+        # bitsandbytes swaps the weights of a CPU layer for a bfloat16-only packing the first time it
+        # runs without gradients, which changes losses by tenths of a percent: keep the real ones.
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        self.set_compute_dtype(compute_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embeddings, where token ids go."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which hidden states are computed."""
+        return self._compute_dtype
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in ``dtype`` from now on; quantized weights stay as they are.
+
+        Parameters that are not quantized are cast, which is exact from bfloat16 to float32 and back.
+        """
+        self._compute_dtype = dtype
+        for module in self.model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.compute_dtype = dtype
+                module.compute_type_is_set = True
+                # backward dequantizes to the quant state's own type before it casts
+                module.weight.quant_state.dtype = dtype
+                if module.bias is not None:
+                    module.bias.data = module.bias.data.to(dtype)
+                continue
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit):
+                    parameter.data = parameter.data.to(dtype)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep only each decoder layer's input for backward, or everything.
+
+        Only the layers' own flag is set: dropout modules inside them stay in eval mode, so that the
+        base never draws from a global generator.
+        """
+        if enabled:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        else:
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = enabled
+
+    def hidden_states(self, ids_BT: Tensor) -> Tensor:
+        """Return the decoder's last hidden states, (B, T, H), after the final norm."""
+        hidden: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return hidden
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of all distinct tensors of the base, quantization state included."""
+        seen = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                tensors = [parameter.data]
+                if isinstance(parameter, bnb.nn.Params4bit):
+                    state = parameter.quant_state
+                    tensors += [state.absmax, state.code]
+                    if state.nested:
+                        tensors += [state.offset, state.state2.absmax, state.state2.code]
+                for tensor in tensors:
+                    seen[tensor.data_ptr()] = tensor.nbytes
+        return sum(seen.values())
+
+
+def load_base_model(
+    folder: Path,
+    *,
+    quantization: str,
+    compute_dtype: str,
+    device: str,
+    check_rows: Sequence[TokenizedRow] = (),
+) -> BaseModel:
+    """Load the base once, in NF4 with double quantization or in the compute type.
+
+    Args:
+        folder: config.json and safetensors.
+        quantization: ``nf4`` or ``none``.
+        compute_dtype: ``float32`` or ``bfloat16``.
+        device: ``cpu`` or ``cuda``.
+        check_rows: A few rows on which the labels-only loss is compared with the model's own.
+
+    Raises:
+        ModelError: The files cannot be loaded, or the model's head is more than a linear layer.
+    """
+    dtype = DTYPES[compute_dtype]
+    quantizer = None
+    if quantization == "nf4":
+        quantizer = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantizer,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: the base model cannot be loaded ({error})") from error
+    base = BaseModel(model, compute_dtype=dtype)
+    if check_rows:
+        _check_head(base, check_rows[:2])
+    return base
+
+
+def linear_shapes(model: nn.Module) -> tuple[LinearShape, ...]:
+    """Return the linear layers that LoRA can adapt, in module order, the output head excluded."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return tuple(
+        LinearShape(name=name, in_features=sizes[0], out_features=sizes[1])
+        for name, module in model.named_modules()
+        if module is not head and (sizes := _in_out(module)) is not None
+    )
+
+
+def meta_linear_shapes(folder: Path) -> tuple[LinearShape, ...]:
+    """Return what ``linear_shapes`` will find, from the config alone: no weights are read."""
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return linear_shapes(model)
+
+
+def _in_out(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def _check_head(base: BaseModel, rows: Sequence[TokenizedRow]) -> None:
+    from lora_tune.engine.batches import collate
+    from lora_tune.engine.loss import label_losses
+
+    batch = collate(rows, base.device)
+    base.layout.adapters, base.layout.rows = (None,), (slice(0, len(rows)),)
+    with torch.no_grad():
+        hidden = base.hidden_states(batch.ids_BT).flatten(0, 1)[batch.positions_N]
+        ours = label_losses(hidden, base.head, batch.targets_N, None).losses_N.mean()
+        logits = base.model(input_ids=batch.ids_BT, use_cache=False).logits.flatten(0, 1)
+        theirs = nn.functional.cross_entropy(logits[batch.positions_N].float(), batch.targets_N)
+    if not torch.isclose(ours, theirs, rtol=1e-2):
+        raise ModelError(
+            f"{type(base.model).__name__} computes its logits in another way than by one linear layer "
+            f"(loss {ours:.4f} against {theirs:.4f}): this architecture is not supported yet."
+        )
+
+
+def quiet_transformers() -> None:
+    """Let transformers report errors only, and draw no progress bars over the live view."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()

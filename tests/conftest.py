@@ -1,0 +1,58 @@
+"""Small real things shared by the tests: tiny models with random weights, rows, jobs."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models of the tests are so small that a second thread only waits; on a busy machine it waits long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from lora_tune.records import TokenizedRow
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights, as a folder with safetensors."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,  # large enough that losses and gradients differ between lanes
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_rows() -> Callable[..., tuple[TokenizedRow, ...]]:
+    """Return a maker of random rows of mixed lengths whose second half carries the labels."""
+
+    def make(
+        count: int, *, seed: int = 0, vocab: int = 131, longest: int = 24
+    ) -> tuple[TokenizedRow, ...]:
+        generator = np.random.default_rng(seed)
+        rows = []
+        for _ in range(count):
+            length = int(generator.integers(6, longest + 1))
+            ids = tuple(int(i) for i in generator.integers(3, vocab, size=length))
+            masked = length // 2
+            rows.append(TokenizedRow(input_ids=ids, labels=(-100,) * masked + ids[masked:]))
+        return tuple(rows)
+
+    return make
