@@ -1,0 +1,175 @@
+"""The model card of an adapter: README.md with the front matter that the hub reads."""
+
+import re
+
+from lora_tune.errors import AllTrialsFailedError
+from lora_tune.records import StudySnapshot
+from lora_tune.report import formatting as fmt
+from lora_tune.report import wording
+from lora_tune.report.markdown import (
+    Markdown,
+    environment,
+    load_adapter_context,
+    markdown_table,
+    python_literal,
+)
+from lora_tune.report.summary import ConfirmationSummary, ReportSummary, spec_value, summarize
+
+
+def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
+    """Return the README.md of the adapter of a study's winner.
+
+    Folders of the machine that trained it are left out: of a path only the last part is named.
+
+    Args:
+        snapshot: The study; without a confirmation the card says so.
+        base_model: Hub id of the base. None, or a text that is no valid id, leaves the field out
+            and the card says that none is known.
+
+    Raises:
+        AllTrialsFailedError: No trial succeeded, so there is no adapter to describe.
+    """
+    summary = summarize(snapshot)
+    if summary.config is None:
+        raise AllTrialsFailedError(
+            f"{snapshot.folder}: no trial succeeded ({wording.states_text(summary)}), so there is "
+            "no adapter to describe. The reasons are in report.md."
+        )
+    hub_id = base_model if base_model and _is_hub_id(base_model) else None
+    body = (
+        environment()
+        .get_template("card.md.jinja")
+        .render(
+            name=snapshot.lock.name,
+            base=hub_id or _last_part(snapshot.lock.model.base),
+            base_model=hub_id,
+            result=_result(summary),
+            metric=_metric(summary.confirmation),
+            settings=_settings(summary),
+            schedule=wording.schedule_text(snapshot.lock),
+            search=_search(snapshot, summary),
+            data=_data(snapshot),
+            environment=_environment(snapshot),
+            load=_load(snapshot, hub_id),
+        )
+    )
+    return f"---\n{_front_matter(snapshot, hub_id)}\n---\n\n{body}"
+
+
+def _front_matter(snapshot: StudySnapshot, hub_id: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=hub_id,
+        library_name="peft",
+        license=snapshot.lock.model.license,
+        pipeline_tag="text-generation",
+        tags=["lora", "lora-tune"],
+    )
+    return data.to_yaml()
+
+
+def _is_hub_id(text: str) -> bool:
+    from huggingface_hub import utils
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        utils.validate_repo_id(text)  # type: ignore[attr-defined]  # public, but not listed
+    except HFValidationError:
+        return False
+    return not text.lower().endswith(".gguf")
+
+
+def _last_part(path: str) -> str:
+    """Return the last part of an absolute path, anything else as it is."""
+    if re.match(r"[\\/~]|[A-Za-z]:[\\/]", path):
+        return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+    return path
+
+
+def _result(summary: ReportSummary) -> str:
+    """Return the confirmed loss; where it is no clear gain, the verdict that says so."""
+    c = summary.confirmation
+    clear = c is not None and c.reduction_interval is not None and c.reduction_interval.low > 0
+    return wording.confirmed_loss(c) if c is not None and clear else wording.recommendation(summary)
+
+
+def _metric(confirmation: ConfirmationSummary | None) -> Markdown | None:
+    if confirmation is None:
+        return None
+    c = confirmation
+    rows = [
+        ("adapter", f"{fmt.format_loss(c.winner_loss)}{wording.interval_text(c.winner_interval)}"),
+        ("untuned base", f"{fmt.format_loss(c.base_loss)}{wording.interval_text(c.base_interval)}"),
+        ("relative reduction", wording.reduction_text(c)),
+        ("rows", f"{c.num_examples}, not used in training or search"),
+        ("computed in", c.compute_dtype),
+    ]
+    return markdown_table(("loss, nats per target token", "confirmed"), rows)
+
+
+def _settings(summary: ReportSummary) -> Markdown:
+    config = summary.config
+    assert config is not None
+    modules = sorted({name.rpartition(".")[2] for name in config.target_modules})
+    rows = [
+        ("rank", str(config.rank)),
+        ("lora_alpha", fmt.format_plain(config.lora_alpha)),
+        ("lora_dropout", fmt.format_plain(config.lora_dropout)),
+        ("target modules", f"{config.target_set}: {', '.join(modules)}"),
+        ("learning rate", fmt.format_scientific(config.learning_rate)),
+        ("rank-stabilised scaling", "yes" if config.use_rslora else "no"),
+    ]
+    return markdown_table(("setting", "value"), rows)
+
+
+def _search(snapshot: StudySnapshot, summary: ReportSummary) -> str:
+    lock = snapshot.lock
+    version = lock.versions.get("lora-tune", lock.versions.get("lora_tune", ""))
+    rungs = ", ".join(map(str, lock.rungs))
+    return (
+        f"Trial {summary.leader} ({summary.leader_origin}) of study {lock.name}: "
+        f"{wording.progress_text(summary)}; sampler {spec_value(lock.spec, 'search', 'sampler')}, "
+        f"compared after {rungs} steps on {fmt.plural(lock.data.num_selection, 'row')}; "
+        f"lora-tune {version}".rstrip()
+        + "."
+    )
+
+
+def _data(snapshot: StudySnapshot) -> Markdown:
+    data = snapshot.lock.data
+    rows = [
+        ("source", _last_part(data.source)),
+        ("format", data.format),
+        (
+            "rows",
+            f"{fmt.format_count(data.num_train)} to train on, {data.num_selection} to select on, "
+            f"{data.num_confirmation} to confirm on",
+        ),
+        ("training tokens", fmt.format_count(data.num_train_tokens)),
+        ("fingerprint (SHA-256)", data.sha256),
+    ]
+    return markdown_table(("data", "value"), rows)
+
+
+def _environment(snapshot: StudySnapshot) -> Markdown:
+    lock = snapshot.lock
+    rows = [
+        ("quantization of the base", lock.model.quantization),
+        ("compute type in training", lock.plan.compute_dtype),
+        *lock.hardware.items(),
+        *lock.versions.items(),
+    ]
+    return markdown_table(("environment", "value"), rows)
+
+
+def _load(snapshot: StudySnapshot, hub_id: str | None) -> dict[str, object]:
+    context = load_adapter_context(snapshot, adapter="path/to/this/adapter")
+    model = snapshot.lock.model
+    if hub_id is not None:
+        context |= {"base": python_literal(hub_id), "known": True}
+        if hub_id != model.hub_id:
+            context |= {"revision": None}
+    elif model.hub_id is None and _last_part(model.base) != model.base:
+        context |= {"base": python_literal("path/to/the/base/model")}
+    return context

@@ -1,0 +1,102 @@
+"""How numbers and foreign text are written for people. Files for machines are not rounded."""
+
+import unicodedata
+
+from lora_tune.units import format_bytes
+
+NOTHING = "-"
+
+# Characters that reorder the text around them: a file name must not rewrite its row.
+_BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def format_loss(loss: float | None) -> str:
+    """Write a loss with 4 significant digits.
+
+    >>> format_loss(2.3), format_loss(0.0123456), format_loss(None)
+    ('2.300', '0.01235', '-')
+    """
+    return NOTHING if loss is None else f"{loss:#.4g}".rstrip(".")
+
+
+def format_difference(difference: float | None, *, signed: bool = True) -> str:
+    """Write a small difference of losses with 2 significant digits, without an exponent.
+
+    >>> format_difference(0.01234), format_difference(-0.1234), format_difference(0.5, signed=False)
+    ('+0.012', '-0.12', '0.50')
+    """
+    if difference is None:
+        return NOTHING
+    digits = 2
+    while digits < 6 and 0 < abs(difference) < 10 ** (1 - digits):
+        digits += 1
+    return f"{difference:+.{digits}f}" if signed else f"{difference:.{digits}f}"
+
+
+def format_scientific(value: float) -> str:
+    """Write a learning rate as it stands in a study file.
+
+    >>> format_scientific(0.0002), format_scientific(0.00031623), format_scientific(0.1)
+    ('2e-4', '3.16e-4', '1e-1')
+    """
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def format_percent(fraction: float) -> str:
+    """Write a share in percent with one decimal.
+
+    >>> format_percent(0.1842)
+    '18.4 %'
+    """
+    return f"{100 * fraction:.1f} %"
+
+
+def format_plain(value: float) -> str:
+    """Write a setting such as a dropout or an alpha without needless zeros.
+
+    >>> format_plain(32.0), format_plain(0.05)
+    ('32', '0.05')
+    """
+    return f"{value:.4g}"
+
+
+def format_count(count: float) -> str:
+    """Write a count, or a rate, as whole number with thousands set apart.
+
+    >>> format_count(1234567.4)
+    '1,234,567'
+    """
+    return f"{count:,.0f}"
+
+
+def format_memory(num_bytes: int) -> str:
+    """Write a peak; 0 means that it was not measured.
+
+    >>> format_memory(2**30), format_memory(0)
+    ('1.00 GiB', '-')
+    """
+    return format_bytes(num_bytes) if num_bytes else NOTHING
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    >>> plural(1, "trial"), plural(2, "trial")
+    ('1 trial', '2 trials')
+    """
+    return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def one_line(text: str) -> str:
+    r"""Return foreign text on one line, without control characters.
+
+    An escape sequence in a file name or an error message must not reach the terminal.
+
+    >>> one_line("out of\nmemory \x1b[31mred")
+    'out of memory [31mred'
+    """
+    words = " ".join(text.split())
+    return "".join(
+        c for c in words if unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI
+    )

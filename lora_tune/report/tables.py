@@ -1,0 +1,125 @@
+"""The table of trials: the same columns for the console, Markdown and, unrounded, for CSV."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_tune.records import StudySnapshot, TrialRecord
+from lora_tune.report import formatting as fmt
+from lora_tune.report.summary import effective_step, measured_peak
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column for people. ``keep`` orders what a narrow console drops: the lowest goes first."""
+
+    header: str
+    text: Callable[[TrialRecord], str]
+    keep: int
+    numeric: bool = True
+
+
+def tokens_per_s(trial: TrialRecord) -> float | None:
+    """Return the lane's own training speed, while it shared the device with its pack."""
+    wall_s = sum(r.wall_s for r in trial.rungs)
+    return sum(r.num_tokens for r in trial.rungs) / wall_s if wall_s > 0 else None
+
+
+def _speed_text(trial: TrialRecord) -> str:
+    speed = tokens_per_s(trial)
+    return fmt.NOTHING if speed is None else fmt.format_count(speed)
+
+
+def _reason_text(trial: TrialRecord) -> str:
+    return fmt.one_line(trial.reason)
+
+
+ALWAYS = 100
+
+TRIAL_COLUMNS = (
+    Column(header="trial", text=lambda t: str(t.number), keep=ALWAYS),
+    Column(header="origin", text=lambda t: fmt.one_line(t.origin), keep=5, numeric=False),
+    Column(header="state", text=lambda t: t.state.value, keep=ALWAYS, numeric=False),
+    Column(header="rank", text=lambda t: str(t.config.rank), keep=ALWAYS),
+    Column(header="alpha", text=lambda t: fmt.format_plain(t.config.lora_alpha), keep=9),
+    Column(
+        header="ratio", text=lambda t: fmt.format_plain(t.config.lora_alpha / t.config.rank), keep=3
+    ),
+    Column(header="dropout", text=lambda t: fmt.format_plain(t.config.lora_dropout), keep=7),
+    Column(
+        header="targets", text=lambda t: fmt.one_line(t.config.target_set), keep=10, numeric=False
+    ),
+    Column(header="lr", text=lambda t: fmt.format_scientific(t.config.learning_rate), keep=ALWAYS),
+    Column(header="steps", text=lambda t: str(t.steps) if t.steps else fmt.NOTHING, keep=8),
+    Column(header="loss", text=lambda t: fmt.format_loss(t.best_loss), keep=ALWAYS),
+    Column(header="predicted", text=lambda t: fmt.format_memory(t.predicted_bytes), keep=4),
+    Column(header="measured", text=lambda t: fmt.format_memory(measured_peak(t)), keep=6),
+    Column(header="tokens/s", text=_speed_text, keep=2),
+    Column(header="reason", text=_reason_text, keep=1, numeric=False),
+)
+
+
+def trial_row(trial: TrialRecord, *, num_rungs: int) -> dict[str, object]:
+    """Return one trial as a flat row of unrounded values, None where there is none."""
+    losses = {r.rung: r.eval_loss for r in trial.rungs}
+    last = trial.rungs[-1] if trial.rungs else None
+    config, suggested = trial.config, trial.suggested
+    return {
+        "trial": trial.number,
+        "state": trial.state.value,
+        "origin": _utf8(trial.origin),
+        "rank": config.rank,
+        "lora_alpha": config.lora_alpha,
+        "alpha_ratio": config.lora_alpha / config.rank,
+        "lora_dropout": config.lora_dropout,
+        "target_set": _utf8(config.target_set),
+        "learning_rate": config.learning_rate,
+        "effective_step": effective_step(config),
+        "scaling": config.scaling,
+        "use_rslora": config.use_rslora,
+        "num_target_modules": len(config.target_modules),
+        "trainable_parameters": trial.trainable_parameters,
+        "rung": last.rung if last else None,
+        "steps": last.steps if last else None,
+        "eval_loss": last.eval_loss if last else None,
+        **{f"eval_loss_rung_{rung}": losses.get(rung) for rung in range(num_rungs)},
+        "predicted_bytes": trial.predicted_bytes,
+        "peak_bytes": measured_peak(trial) or None,
+        "pack_lanes": last.pack_lanes if last else None,
+        "num_tokens": sum(r.num_tokens for r in trial.rungs),
+        "wall_s": sum(r.wall_s for r in trial.rungs),
+        "tokens_per_s": tokens_per_s(trial),
+        "suggested_rank": suggested.rank,
+        "suggested_alpha_ratio": suggested.alpha_ratio,
+        "suggested_lora_dropout": suggested.lora_dropout,
+        "suggested_target_set": _utf8(suggested.target_set),
+        "suggested_effective_step": suggested.effective_step,
+        "init_seed": config.init_seed,
+        "dropout_seed": config.dropout_seed,
+        "data_seed": config.data_seed,
+        "penalty": trial.penalty,
+        "reason": _utf8(trial.reason),
+    }
+
+
+def _utf8(text: str) -> str:
+    """Return text that pandas can hold: a file name that is not UTF-8 has lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def trials_frame(snapshot: StudySnapshot) -> "pd.DataFrame":
+    """Return every trial as a row of a pandas table, by number, unrounded.
+
+    Whole numbers that some trials lack (steps, peak) stay whole: they are nullable columns.
+    """
+    import pandas as pd
+
+    num_rungs = len(snapshot.lock.rungs)
+    frame = pd.DataFrame([trial_row(t, num_rungs=num_rungs) for t in snapshot.trials])
+    if frame.empty:
+        return pd.DataFrame(columns=["trial", "state"])
+    whole = ["rung", "steps", "peak_bytes", "pack_lanes"]
+    return frame.astype(dict.fromkeys(whole, "Int64"))
