@@ -203,6 +203,7 @@ class TrialRecord:
     trainable_parameters: int
     rungs: tuple[RungResult, ...] = ()
     reason: str = ""
+    first_loss: float | None = None  # of a trial that ended early: its first training loss
     penalty: float | None = None  # finite value told to Optuna for a diverged or infeasible trial
 
     @property
