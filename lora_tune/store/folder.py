@@ -1,0 +1,151 @@
+"""The study folder on disk: one owner, one writer, every record atomic.
+
+reports/<study>/
+  study.toml         as the user wrote it
+  study.lock.json    what the first start resolved and measured
+  study.db           an ordinary Optuna study (SQLite in WAL mode)
+  owner.lock         held by the running coordinator
+  trials/NNNN/       trial.json and one folder a rung: adapter and lane state
+  confirmation.json  winner and untuned base on the confirmation split
+  runtime.json       seconds spent by all runs so far
+  adapter/           the winner
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from lora_tune.errors import StoreError
+from lora_tune.files import write_text
+from lora_tune.records import Confirmation, StudyLock, StudySnapshot, TrialRecord
+
+STUDY_FILE = "study.toml"
+LOCK_FILE = "study.lock.json"
+DATABASE = "study.db"
+OWNER_FILE = "owner.lock"
+CONFIRMATION_FILE = "confirmation.json"
+RUNTIME_FILE = "runtime.json"
+
+T = TypeVar("T")
+
+
+class StudyFolder:
+    """Reads and writes one study's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the study for this process, or say who does.
+
+        Raises:
+            StoreError: Another process runs this study, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = (self.path / OWNER_FILE).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be written ({error.strerror})") from error
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                owner = stream.read().strip() or "unknown"
+                raise StoreError(
+                    f"{self.path}: this study is being run by another process ({owner}). "
+                    "Wait for it, or stop it and run the same command again."
+                ) from None
+            stream.truncate(0)
+            stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            stream.flush()
+            try:
+                yield
+            finally:
+                stream.truncate(0)
+
+    def trial_folder(self, number: int) -> Path:
+        """Return the folder of a trial; it may not exist yet."""
+        return self.path / "trials" / f"{number:04d}"
+
+    def save_lock(self, lock: StudyLock) -> None:
+        """Write study.lock.json."""
+        write_text(self.path / LOCK_FILE, _dump(lock))
+
+    def load_lock(self) -> StudyLock | None:
+        """Return what the first start resolved, None before it did."""
+        path = self.path / LOCK_FILE
+        return _load(path, StudyLock) if path.exists() else None
+
+    def save_trial(self, record: TrialRecord) -> None:
+        """Make a trial's record durable."""
+        folder = self.trial_folder(record.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "trial.json", _dump(record))
+
+    def load_trials(self) -> list[TrialRecord]:
+        """Return all trial records, by number."""
+        paths = sorted((self.path / "trials").glob("[0-9][0-9][0-9][0-9]/trial.json"))
+        return [_load(path, TrialRecord) for path in paths]
+
+    def save_confirmation(self, confirmation: Confirmation) -> None:
+        """Write the winner's and the base's losses on the confirmation split."""
+        write_text(self.path / CONFIRMATION_FILE, _dump(confirmation))
+
+    def load_confirmation(self) -> Confirmation | None:
+        """Return the confirmation, None while there is none."""
+        path = self.path / CONFIRMATION_FILE
+        return _load(path, Confirmation) if path.exists() else None
+
+    def save_runtime(self, wall_s: float) -> None:
+        """Write the seconds that all runs of the study took together."""
+        write_text(self.path / RUNTIME_FILE, json.dumps({"wall_s": wall_s}) + "\n")
+
+    def load_runtime(self) -> float:
+        """Return the seconds spent so far."""
+        path = self.path / RUNTIME_FILE
+        return float(_load(path, dict[str, float])["wall_s"]) if path.exists() else 0.0
+
+    def snapshot(self) -> StudySnapshot:
+        """Return all that a report may use.
+
+        Raises:
+            StoreError: No study here, or a file of it is damaged.
+        """
+        lock = self.load_lock()
+        if lock is None:
+            raise StoreError(
+                f"{self.path}: no {LOCK_FILE}, so no study has been started here. "
+                "Start one with: lora-tune run STUDY.toml"
+            )
+        return StudySnapshot(
+            folder=self.path,
+            lock=lock,
+            trials=tuple(self.load_trials()),
+            confirmation=self.load_confirmation(),
+            wall_s=self.load_runtime(),
+        )
+
+
+def _dump(value: object) -> str:
+    text = TypeAdapter(type(value)).dump_json(value, indent=1).decode()
+    return text + "\n"
+
+
+def _load(path: Path, kind: type[T]) -> T:
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise StoreError(f"{path}: cannot be read as a study record ({_short(error)})") from error
+
+
+def _short(error: Exception) -> str:
+    return str(error).splitlines()[0]
