@@ -73,6 +73,10 @@ class ModelError(LoraTuneError, RuntimeError):
     exit_code = 8
 
 
+class Terminated(BaseException):
+    """SIGTERM arrived: the study stops cleanly and the same command goes on later."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean X?"`` for the known word nearest to ``word``, or an empty string.
 

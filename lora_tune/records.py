@@ -284,6 +284,7 @@ class StudyLock:
     name: str
     created: str  # ISO 8601, UTC
     command: str
+    study_file: str  # as given
     spec: dict[str, object]  # the study file with all defaults filled in
     spec_sha256: str
     model: ModelIdentity

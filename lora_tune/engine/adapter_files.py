@@ -10,6 +10,7 @@ from lora_tune.engine.lora import LaneAdapter
 from lora_tune.records import TrialConfig
 
 WEIGHTS_FILE = peft.utils.constants.SAFETENSORS_WEIGHTS_NAME
+CONFIG_FILE = peft.utils.constants.CONFIG_NAME
 _PREFIX = "base_model.model."
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -164,14 +165,23 @@ def linear_shapes(model: nn.Module) -> tuple[LinearShape, ...]:
     )
 
 
-def meta_linear_shapes(folder: Path) -> tuple[LinearShape, ...]:
-    """Return what ``linear_shapes`` will find, from the config alone: no weights are read."""
+class MetaModel(NamedTuple):
+    """A model built from its config alone: what LoRA can adapt, and the size of all the rest."""
+
+    linears: tuple[LinearShape, ...]
+    num_other_parameters: int
+
+
+def read_meta_model(folder: Path) -> MetaModel:
+    """Return what ``BaseModel.linears`` will be, from the config alone: no weights are read."""
     config = transformers.AutoConfig.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return linear_shapes(model)
+    linears = linear_shapes(model)
+    adaptable = sum(shape.in_features * shape.out_features for shape in linears)
+    return MetaModel(linears, sum(p.numel() for p in model.parameters()) - adaptable)
 
 
 def _in_out(module: nn.Module) -> tuple[int, int] | None:

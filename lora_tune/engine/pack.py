@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_tune.engine.adapter_files import load_adapter
 from lora_tune.engine.base import BaseModel
 from lora_tune.engine.batches import Batch, collate, rows_of_step
 from lora_tune.engine.lane import Lane, new_adamw, restore_lane
@@ -56,6 +57,9 @@ class TrialPack:
         """Return a lane at ``job.start_step``: fresh, restored from its folder, or the bare base."""
         if job.config is None:
             return Lane(job=job, adapter=None, optimizer=None, step=job.end_step)
+        if job.start_folder is not None and job.end_step == job.start_step:
+            adapter = load_adapter(job.config, job.start_folder, self.base.device)
+            return Lane(job=job, adapter=adapter, optimizer=None, step=job.end_step)
         adapter = LaneAdapter.initialize(job.config, self.base.linears, self.base.device)
         optimizer = new_adamw(adapter, weight_decay=self.settings.weight_decay)
         lane = Lane(job=job, adapter=adapter, optimizer=optimizer, step=0)

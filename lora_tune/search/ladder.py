@@ -176,6 +176,25 @@ class Ladder:
             return None
         return min(scored, key=lambda r: (-len(r.rungs), r.rungs[-1].eval_loss))
 
+    def planned_steps(self) -> int:
+        """Return the optimizer steps of all trials and rungs that the plan foresees."""
+        total, trials = 0, self.plan.num_trials
+        for rung in range(len(self.plan.rungs)):
+            total += trials * self._segment_steps(rung)
+            trials = max(1, math.ceil(trials / PROMOTED_SHARE))
+        return total
+
+    def finished_steps(self) -> int:
+        """Return the optimizer steps of all finished segments; one that ended early counts whole."""
+        done = 0
+        for record in self.records.values():
+            early = record.state in _ENDED and len(record.rungs) < len(self.plan.rungs)
+            done += sum(self._segment_steps(rung) for rung in range(len(record.rungs) + early))
+        return done
+
+    def _segment_steps(self, rung: int) -> int:
+        return self.plan.rungs[rung] - (self._hold_step(rung - 1) if rung else 0)
+
     def _next_segment(self) -> tuple[TrialRecord | None, int]:
         for number in sorted(self.records):
             record = self.records[number]

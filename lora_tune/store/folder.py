@@ -71,6 +71,13 @@ class StudyFolder:
                 yield
             finally:
                 stream.truncate(0)
+                self._remove_if_unused()
+
+    def _remove_if_unused(self) -> None:
+        """Leave no folder behind when the study failed before it wrote anything."""
+        if [path.name for path in self.path.iterdir()] == [OWNER_FILE]:
+            (self.path / OWNER_FILE).unlink()
+            self.path.rmdir()
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial; it may not exist yet."""

@@ -93,6 +93,16 @@ class TrainSection(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """``auto``: off when the estimate fits without, on when it does not."""
 
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        size = self.micro_batch_size
+        if size != "auto" and self.effective_batch_size % size:
+            raise ValueError(
+                f"micro_batch_size {size} does not divide effective_batch_size "
+                f"{self.effective_batch_size}"
+            )
+        return self
+
 
 class SpaceSection(Section):
     """``[space]``: what is searched."""

@@ -1,0 +1,47 @@
+"""``lora-tune run``: run a study to its end, or go on with one."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from lora_tune.errors import Terminated
+from lora_tune.report import ProgressView, print_report
+from lora_tune.store.find import find_study
+from lora_tune.study.loader import load_study
+
+
+def run(study: str, *, command: str) -> None:
+    """Run the study and print its report.
+
+    Args:
+        study: A study file, or a started study as ``store.find`` knows it.
+        command: The command line, for the record.
+    """
+    path = _study_file(study)
+    spec = load_study(path)
+    # Heavy imports come after the study file has been found good.
+    from lora_tune.tuner import run_study
+
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with ProgressView() as view:
+            snapshot = run_study(spec, study_file=path, command=command, view=view)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print_report(snapshot, Console(), next_command=f"lora-tune report {snapshot.folder}")
+
+
+def _study_file(study: str) -> Path:
+    path = Path(study)
+    if path.suffix == ".toml" or path.is_file():
+        return path
+    folder = find_study(study)
+    lock = folder.load_lock()
+    assert lock is not None
+    return Path(lock.study_file)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated

@@ -1,0 +1,192 @@
+"""Examples as token ids with labels: what carries loss repeats its id, the rest is -100.
+
+A conversation is tokenized once, as a whole; its labels are the tokens whose characters touch a
+span that carries loss. Plain text is tokenized as it stands, with the special tokens that the
+tokenizer adds by itself and the end-of-text token behind it, and carries loss throughout.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_tune.data.chat import ChatRenderer, Rendered, choose_template
+from lora_tune.data.formats import Conversation, Example, PlainText
+from lora_tune.data.reading import RowError
+from lora_tune.errors import DataError
+from lora_tune.records import TokenizedRow
+from lora_tune.study.spec import DataSection
+
+NO_LOSS = -100
+
+
+class EncodedRow(NamedTuple):
+    """A row cut to ``data.max_length``, and how many tokens it had before."""
+
+    row: TokenizedRow
+    full_length: int
+
+
+class RowEncoder:
+    """Encodes examples by one tokenizer; the chat template is looked for when one is needed."""
+
+    def __init__(
+        self, data: DataSection, *, tokenizer: PreTrainedTokenizerBase, base_dir: Path
+    ) -> None:
+        self._data = data
+        self._tokenizer = tokenizer
+        self._base_dir = base_dir
+        self._renderer: ChatRenderer | None = None
+        self._num_open_turns = 0
+        self._has_text = False
+        # One int object per token id: rows hold references, a quarter of the memory.
+        self._ints: dict[int, int] = {NO_LOSS: NO_LOSS}
+        self.chat_template = "none"
+
+    @property
+    def notes(self) -> list[str]:
+        """What was special about the template and the special tokens, as sentences."""
+        notes = list(self._renderer.notes) if self._renderer else []
+        if self._renderer and self._data.chat_template and self._tokenizer.chat_template:
+            notes.append(
+                f"data.chat_template = {self._data.chat_template!r} is used in place of the "
+                "model's own chat template."
+            )
+        if self._num_open_turns:
+            notes.append(
+                f"{self._num_open_turns} assistant turns have no end-of-turn token that the "
+                "tokenizer knows: the adapter does not learn where to stop."
+            )
+        if self._has_text:
+            notes += self._text_notes()
+        return notes
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedRow | RowError]:
+        """Encode examples together, in order; what the chat template refuses is a ``RowError``.
+
+        Raises:
+            DataError: A chat template is needed and there is none, or it is unusable.
+        """
+        results: list[EncodedRow | RowError | None] = [None] * len(examples)
+        chats: dict[int, Rendered] = {}
+        texts: dict[int, str] = {}
+        for i, example in enumerate(examples):
+            if isinstance(example, PlainText):
+                texts[i] = example.text
+                continue
+            try:
+                chats[i] = self._render(example)
+            except RowError as fault:
+                results[i] = fault
+        for i, encoded in zip(chats, self._encode_chats(list(chats.values())), strict=True):
+            results[i] = encoded
+        for i, encoded in zip(texts, self._encode_texts(list(texts.values())), strict=True):
+            results[i] = encoded
+        return [result for result in results if result is not None]
+
+    def _render(self, conversation: Conversation) -> Rendered:
+        if self._renderer is None:
+            self._renderer = self._make_renderer()
+        rendered = self._renderer.render(conversation)
+        self._num_open_turns += rendered.num_open_turns
+        return rendered
+
+    def _make_renderer(self) -> ChatRenderer:
+        if not self._tokenizer.is_fast:
+            raise DataError(
+                "the model's tokenizer does not tell which characters a token stands for, which "
+                "label masks need. Use a base model with a fast tokenizer (a tokenizer.json file)."
+            )
+        template = choose_template(
+            self._data.chat_template, tokenizer=self._tokenizer, base_dir=self._base_dir
+        )
+        self.chat_template = template.label
+        return ChatRenderer(
+            template,
+            tokenizer=self._tokenizer,
+            last_only=self._data.train_on == "last-assistant",
+        )
+
+    def _encode_chats(self, chats: list[Rendered]) -> list[EncodedRow]:
+        if not chats:
+            return []
+        batch = self._tokenizer(
+            [chat.text for chat in chats],
+            add_special_tokens=False,  # the template writes them
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [
+            self._cut(ids, label_tokens(ids, offsets, chat.spans))
+            for chat, ids, offsets in zip(
+                chats, batch["input_ids"], batch["offset_mapping"], strict=True
+            )
+        ]
+
+    def _encode_texts(self, texts: list[str]) -> list[EncodedRow]:
+        if not texts:
+            return []
+        self._has_text = True
+        batch = self._tokenizer(texts, return_attention_mask=False, verbose=False)
+        eos = self._tokenizer.eos_token_id
+        rows = []
+        for ids in batch["input_ids"]:
+            if eos is not None and ids[-1:] != [eos]:
+                ids.append(eos)
+            rows.append(self._cut(ids, ids))
+        return rows
+
+    def _cut(self, ids: Sequence[int], labels: Sequence[int]) -> EncodedRow:
+        same, length = self._ints.setdefault, self._data.max_length
+        row = TokenizedRow(
+            input_ids=tuple(same(i, i) for i in ids[:length]),
+            labels=tuple(same(i, i) for i in labels[:length]),
+        )
+        return EncodedRow(row, len(ids))
+
+    def _text_notes(self) -> list[str]:
+        notes = []
+        if self._tokenizer.eos_token_id is None:
+            notes.append("The tokenizer has no end-of-text token: text rows end without one.")
+        unused = []
+        if self._data.chat_template and self._renderer is None:
+            unused.append(f"data.chat_template = {self._data.chat_template!r}")
+        if self._data.train_on != "assistant" and self._renderer is None:
+            unused.append(f"data.train_on = {self._data.train_on!r}")
+        if unused:
+            notes.append(f"Without effect on rows of plain text: {', '.join(unused)}.")
+        return notes
+
+
+def label_tokens(
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
+) -> list[int]:
+    """Return the labels of a row: the ids of the tokens that touch a span, -100 for the others.
+
+    A token that straddles the beginning of a span belongs to it: the model must predict it. Some
+    tokenizers give a token of whitespace the empty range behind it; it belongs to the span that
+    it ends in.
+
+    Args:
+        ids: Token ids.
+        offsets: First character of each token, and the one after its last.
+        spans: Rising, disjoint character ranges (start, end).
+
+    >>> label_tokens([5, 6, 7, 8], [(0, 4), (4, 5), (5, 9), (9, 10)], [(5, 9)])
+    [-100, -100, 7, -100]
+    """
+    labels = [NO_LOSS] * len(ids)
+    remaining = iter(spans)
+    span = next(remaining, None)
+    for i, (start, end) in enumerate(offsets):
+        while span is not None and (start > span[1] or start == span[1] < end):
+            span = next(remaining, None)
+        if span is None:
+            break
+        if end > span[0] and (start < span[1] or start == end):
+            labels[i] = ids[i]
+    return labels

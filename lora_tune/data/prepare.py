@@ -1,0 +1,259 @@
+"""From ``[data]`` of the study file to three tokenized splits: read, convert, encode, split."""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_tune.data.describe import decode_row
+from lora_tune.data.encode import EncodedRow, RowEncoder
+from lora_tune.data.formats import Example, choose_format, convert_row, unused_columns
+from lora_tune.data.reading import RawRow, RowError, find_file, read_rows
+from lora_tune.data.splits import KeyedRow, Splits, split_rows, split_with_eval
+from lora_tune.errors import DataError
+from lora_tune.records import DataFingerprint, PreparedData, TokenizedRow
+from lora_tune.study.spec import DataSection
+
+_HEAD_ROWS = 200  # rows that are looked at to find the format
+_BATCH_ROWS = 256  # rows tokenized together
+_SHOWN_FAULTS = 3
+
+
+def prepare_data(
+    data: DataSection, *, tokenizer: PreTrainedTokenizerBase, seed: int, base_dir: Path
+) -> PreparedData:
+    """Read the rows of a study, tokenize and label them, and deal them into the three splits.
+
+    Args:
+        data: The ``[data]`` section.
+        tokenizer: The base model's tokenizer; it is not changed.
+        seed: The study's seed; with the rows' content it fixes the splits.
+        base_dir: Folder of the study file.
+
+    Returns:
+        The splits, each in an order that does not depend on the order of the file.
+
+    Raises:
+        DataError: The rows cannot be read or used, too many of them are bad, no label is left,
+            or there are too few rows for three splits.
+    """
+    encoder = RowEncoder(data, tokenizer=tokenizer, base_dir=base_dir)
+    sources = [data.train] if data.eval is None else [data.train, data.eval]
+    loaded = [
+        _load(source, data=data, encoder=encoder, seed=seed, base_dir=base_dir)
+        for source in sources
+    ]
+    for source in loaded:
+        source.check(data, tokenizer)
+    notes = [note for source in loaded for note in source.notes(data)]
+    notes += encoder.notes
+    if data.split != "train" and all(find_file(source, base_dir) for source in sources):
+        notes.append(f"data.split = {data.split!r} is without effect: the rows come from files.")
+
+    train = loaded[0]
+    if data.eval is None:
+        splits = split_rows(
+            train.rows,
+            selection_rows=data.selection_rows,
+            confirmation_rows=data.confirmation_rows,
+        )
+    else:
+        held_out = loaded[1]
+        shared = train.rows.keys() & held_out.rows.keys()
+        for ids in shared:
+            del train.rows[ids]
+        train.num_duplicates += len(shared)
+        if shared:
+            notes.append(
+                f"{len(shared)} rows of {data.train} are also in {data.eval}; "
+                "they are not trained on."
+            )
+        splits = split_with_eval(
+            train.rows,
+            held_out.rows,
+            selection_rows=data.selection_rows,
+            confirmation_rows=data.confirmation_rows,
+        )
+    return PreparedData(
+        train=splits.train,
+        selection=splits.selection,
+        confirmation=splits.confirmation,
+        fingerprint=_fingerprint(splits, loaded, encoder.chat_template),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Source:
+    """What came out of one file or hub data set."""
+
+    name: str
+    format: str
+    rows: dict[tuple[int, ...], KeyedRow] = field(default_factory=dict)
+    num_read: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    first_faults: list[str] = field(default_factory=list)
+    unused: set[str] = field(default_factory=set)
+    num_truncated: int = 0
+    num_duplicates: int = 0
+    num_unlabelled: int = 0
+    example_unlabelled: EncodedRow | None = None
+
+    @property
+    def num_bad(self) -> int:
+        return self.faults.total()
+
+    def add_fault(self, where: str, fault: RowError) -> None:
+        self.faults[fault.reason] += 1
+        if len(self.first_faults) < _SHOWN_FAULTS:
+            self.first_faults.append(f"{where}: {fault}")
+
+    def add(self, encoded: EncodedRow, key: bytes) -> None:
+        row = encoded.row
+        self.num_truncated += encoded.full_length > len(row.input_ids)
+        if row.num_labels == 0:
+            self.num_unlabelled += 1
+            self.example_unlabelled = self.example_unlabelled or encoded
+            return
+        kept = self.rows.get(row.input_ids)
+        self.num_duplicates += kept is not None
+        # Of rows with the same tokens the smallest hash stays, whatever the order of the file.
+        if kept is None or key < kept.key:
+            self.rows[row.input_ids] = KeyedRow(key, row)
+
+    def check(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Stop the study if the source cannot be trusted.
+
+        Raises:
+            DataError: No rows, too many bad ones, or none with a label.
+        """
+        if self.num_read == 0:
+            raise DataError(f"{self.name} has no rows.")
+        if self.num_bad > data.max_bad_fraction * self.num_read:
+            raise DataError(_too_many_faults(self, data.max_bad_fraction))
+        if not self.rows and self.example_unlabelled is not None:
+            raise DataError(_no_labels(self, self.example_unlabelled, data, tokenizer))
+        if not self.rows:
+            raise DataError(f"{self.name} has no usable row.\n  " + "\n  ".join(self.first_faults))
+
+    def notes(self, data: DataSection) -> Iterator[str]:
+        """Say what was detected, dropped and cut, a sentence each."""
+        how = "detected" if data.format == "auto" else "as data.format says"
+        yield f"{self.name}: {self.num_read} rows, format {self.format} ({how})."
+        if self.unused:
+            yield f"{self.name}: not used: {', '.join(sorted(self.unused))}."
+        if self.num_bad:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in self.faults.most_common())
+            yield (
+                f"{self.name}: {self.num_bad} bad rows left out ({reasons}); the first is "
+                f"{self.first_faults[0]}."
+            )
+        if self.num_truncated:
+            yield f"{self.name}: {self.num_truncated} rows cut to {data.max_length} tokens."
+        if self.num_unlabelled:
+            yield f"{self.name}: {self.num_unlabelled} rows left out, no token of them has a label."
+        if self.num_duplicates:
+            yield f"{self.name}: {self.num_duplicates} exact duplicates left out."
+
+
+def _load(
+    name: str, *, data: DataSection, encoder: RowEncoder, seed: int, base_dir: Path
+) -> _Source:
+    raw_rows = read_rows(name, split=data.split, base_dir=base_dir)
+    head = list(islice(raw_rows, _HEAD_ROWS))
+    objects = [row.value for row in head if isinstance(row.value, Mapping)]
+    fmt = choose_format(name, data.format, objects) if objects else "text"
+    source = _Source(name=name, format=fmt)
+    for value in objects:
+        source.unused |= unused_columns(fmt, value)
+    for batch in _batches(_convert(chain(head, raw_rows), source)):
+        encoded_rows = encoder.encode([example for _, example in batch])
+        for (where, example), encoded in zip(batch, encoded_rows, strict=True):
+            if isinstance(encoded, RowError):
+                source.add_fault(where, encoded)
+            else:
+                source.add(encoded, example.sort_key(seed))
+    return source
+
+
+def _convert(raw_rows: Iterable[RawRow], source: _Source) -> Iterator[tuple[str, Example]]:
+    for where, value in raw_rows:
+        source.num_read += 1
+        try:
+            yield where, convert_row(source.format, value)
+        except RowError as fault:
+            source.add_fault(where, fault)
+
+
+def _batches(
+    examples: Iterator[tuple[str, Example]],
+) -> Iterator[list[tuple[str, Example]]]:
+    while batch := list(islice(examples, _BATCH_ROWS)):
+        yield batch
+
+
+def _too_many_faults(source: _Source, limit: float) -> str:
+    reasons = ", ".join(f"{n} {reason}" for reason, n in source.faults.most_common())
+    return "\n  ".join(
+        [
+            f"{source.name}: {source.num_bad} of {source.num_read} rows are bad ({reasons}); "
+            f"data.max_bad_fraction allows {limit:.3g} of them. The first:",
+            *source.first_faults,
+            "Mend these rows, or raise data.max_bad_fraction to leave them out.",
+        ]
+    )
+
+
+def _no_labels(
+    source: _Source,
+    example: EncodedRow,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    if example.full_length > data.max_length:
+        why = (
+            f"rows are cut to data.max_length = {data.max_length} tokens before the text that "
+            f"carries loss begins (this one has {example.full_length}). Raise data.max_length."
+        )
+    else:
+        why = (
+            f"with data.train_on = {data.train_on!r} nothing of it carries loss: the chat template "
+            "leaves the assistant's text out, or the row is a single token."
+        )
+    text = decode_row(example.row, tokenizer)
+    return f"{source.name}: none of {source.num_read} rows has a token to learn; {why}\n  {text!r}"
+
+
+def _fingerprint(splits: Splits, loaded: list[_Source], chat_template: str) -> DataFingerprint:
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(array("q", [len(split)]).tobytes())
+        for row in split:
+            _update(digest, row)
+    return DataFingerprint(
+        source=" + ".join(source.name for source in loaded),
+        format=", ".join(dict.fromkeys(source.format for source in loaded)),
+        sha256=digest.hexdigest(),
+        num_train=len(splits.train),
+        num_selection=len(splits.selection),
+        num_confirmation=len(splits.confirmation),
+        num_train_tokens=sum(len(row.input_ids) for row in splits.train),
+        num_train_labels=sum(row.num_labels for row in splits.train),
+        num_bad_rows=sum(source.num_bad for source in loaded),
+        num_duplicates=sum(source.num_duplicates for source in loaded),
+        num_unlabelled=sum(source.num_unlabelled for source in loaded),
+        num_truncated=sum(source.num_truncated for source in loaded),
+        max_tokens=max(len(row.input_ids) for split in splits for row in split),
+        chat_template=chat_template,
+    )
+
+
+def _update(digest: "hashlib._Hash", row: TokenizedRow) -> None:
+    digest.update(array("q", [len(row.input_ids)]).tobytes())
+    digest.update(array("q", row.input_ids).tobytes())
+    digest.update(array("q", row.labels).tobytes())

@@ -1,0 +1,319 @@
+"""What a study starts from: inputs read and checked, then resolved and measured once.
+
+Everything that can be wrong with the input is found here, before the study folder is made. What
+``make_lock`` decides goes into ``study.lock.json`` and is used again on resume.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+import transformers
+
+from lora_tune.data import prepare_data
+from lora_tune.engine.base import BaseModel, load_base_model, read_meta_model
+from lora_tune.engine.convert import converted_folder
+from lora_tune.engine.pack import PackSettings
+from lora_tune.engine.probe import fastest_compute_dtype, worthwhile_lanes
+from lora_tune.errors import MachineError, ModelError
+from lora_tune.hub import ModelFiles, find_model
+from lora_tune.memory.fit import resolve_budget
+from lora_tune.memory.shape import COVERED, ModelShape
+from lora_tune.records import (
+    LanePlan,
+    ModelIdentity,
+    PreparedData,
+    StudyLock,
+    TargetSet,
+    TrialConfig,
+)
+from lora_tune.search.gate import Gate, resolve_sets
+from lora_tune.search.ladder import rung_steps
+from lora_tune.study.spec import StudySpec
+
+MOST_WARMUP_STEPS = 100
+_PACKAGES = (
+    "lora-tune",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "optuna",
+    "datasets",
+    "trl",
+)
+Note = Callable[[str], None]
+
+
+class Inputs(NamedTuple):
+    """Everything a study starts from, read and checked."""
+
+    spec: StudySpec
+    files: ModelFiles
+    folder: Path  # config, tokenizer and safetensors of the base
+    device: str
+    data: PreparedData
+    shape: ModelShape
+    modules: dict[str, tuple[str, ...]]  # target sets as full module names
+    notes: list[str]
+
+
+def read_inputs(spec: StudySpec, *, base_dir: Path) -> Inputs:
+    """Find and check model, data and target sets; nothing is written but the model cache."""
+    device = _choose_device(spec.run.device)
+    files = find_model(spec.model.base, revision=spec.model.revision, base_dir=base_dir)
+    folder = files.folder if files.folder is not None else converted_folder(_gguf(files))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        meta = read_meta_model(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f'model.base "{spec.model.base}": {_first_line(error)}') from error
+    modules, set_notes = resolve_sets(
+        spec.space, model_type=config.model_type, linears=[linear.name for linear in meta.linears]
+    )
+    data = prepare_data(spec.data, tokenizer=tokenizer, seed=spec.study.seed, base_dir=base_dir)
+    if config.model_type in COVERED:
+        shape = ModelShape.from_config(config.to_dict())
+    else:
+        shape = ModelShape.from_linears(config.to_dict(), *meta)
+        set_notes.append(
+            f"the memory estimate of {config.model_type} models is an approximation from their linear layers."
+        )
+    return Inputs(
+        spec=spec,
+        files=files,
+        folder=folder,
+        device=device,
+        data=data,
+        shape=shape,
+        modules=modules,
+        notes=[*data.notes, *set_notes],
+    )
+
+
+def make_lock(
+    inputs: Inputs, base: BaseModel, *, command: str, study_file: Path, note: Note
+) -> StudyLock:
+    """Resolve and measure what the whole study will keep to."""
+    spec, data = inputs.spec, inputs.data
+    total_steps = _total_steps(spec, len(data.train))
+    rungs = rung_steps(
+        spec.search.rungs, total_steps=total_steps, min_steps=spec.search.min_rung_steps
+    )
+    budget = resolve_budget(
+        spec.memory.gpu, safety=spec.memory.safety, free_bytes=_free_bytes(inputs.device, base)
+    )
+    grouped = inputs.device == "cuda"
+    dtype = str(base.compute_dtype).removeprefix("torch.")
+    gate = make_gate(inputs, dtype, budget, grouped=grouped)
+    target_sets, notes = gate.target_sets(inputs.modules)
+    pack_plan = gate.pack_plan(target_sets)
+    plan = LanePlan(
+        compute_dtype=dtype,
+        device=inputs.device,
+        lanes=pack_plan.most_lanes,
+        micro_batch_size=pack_plan.micro_batch_size,
+        gradient_checkpointing=pack_plan.gradient_checkpointing,
+        grouped=grouped,
+        budget_bytes=budget,
+    )
+    plan = _measure(plan, inputs, base, target_sets, note)
+    for sentence in notes:
+        note(sentence)
+    return StudyLock(
+        name=spec.study.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        study_file=str(study_file),
+        spec=spec.model_dump(mode="json"),
+        spec_sha256=_spec_hash(spec),
+        model=_identity(inputs, base),
+        data=data.fingerprint,
+        notes=(*inputs.notes, *notes),
+        versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        hardware=_hardware(inputs.device),
+        plan=plan,
+        rungs=rungs,
+        warmup_steps=min(MOST_WARMUP_STEPS, round(spec.train.warmup_ratio * total_steps)),
+        target_sets=target_sets,
+    )
+
+
+def _measure(
+    plan: LanePlan,
+    inputs: Inputs,
+    base: BaseModel,
+    target_sets: tuple[TargetSet, ...],
+    note: Note,
+) -> LanePlan:
+    """Settle by short trials what the study leaves to measurement: compute type and lanes."""
+    spec = inputs.spec
+    largest = next(t for t in reversed(target_sets) if t.max_rank)
+    config = TrialConfig(
+        rank=largest.max_rank,
+        lora_alpha=largest.max_rank,
+        lora_dropout=0.0,
+        target_set=largest.name,
+        target_modules=largest.modules,
+        learning_rate=1e-6,
+    )
+    base.set_gradient_checkpointing(plan.gradient_checkpointing)
+    readings: dict[str, float] = {}
+    settings = pack_settings(spec, plan)
+    if spec.model.compute_dtype == "auto" and inputs.device == "cpu":
+        note("measuring whether float32 or bfloat16 is faster on this CPU ...")
+        dtype, found = fastest_compute_dtype(base, inputs.data.train, settings, config)
+        plan = replace(plan, compute_dtype=dtype)
+        readings |= found
+    if spec.run.lanes == "auto" and plan.lanes > 1:
+        note("measuring how many lanes pay ...")
+        most = min(plan.lanes, spec.search.trials)
+        lanes, found = worthwhile_lanes(base, inputs.data.train, settings, config, most=most)
+        plan = replace(plan, lanes=lanes)
+        readings |= found
+    note(
+        f"{plan.lanes} lanes a pack, {plan.micro_batch_size} rows a lane and pass, {plan.compute_dtype}, "
+        f"gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}."
+    )
+    return replace(plan, tokens_per_s=readings)
+
+
+def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, grouped: bool) -> Gate:
+    """Return the gate of a study whose longest row decides the batch."""
+    return Gate(
+        inputs.spec,
+        inputs.shape,
+        compute_dtype=dtype,
+        max_tokens=inputs.data.fingerprint.max_tokens,
+        budget_bytes=budget_bytes,
+        grouped=grouped,
+    )
+
+
+def load_base(inputs: Inputs, lock: StudyLock | None) -> BaseModel:
+    """Load the base in the type of the plan; undecided, in the one that needs more memory."""
+    if lock is not None:
+        dtype = lock.plan.compute_dtype
+    elif inputs.spec.model.compute_dtype != "auto":
+        dtype = inputs.spec.model.compute_dtype
+    elif inputs.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = "bfloat16"
+    else:
+        dtype = "float32"
+    return load_base_model(
+        inputs.folder,
+        quantization=inputs.spec.model.quantization,
+        compute_dtype=dtype,
+        device=inputs.device,
+        check_rows=inputs.data.train,
+    )
+
+
+def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:
+    """Return what all lanes of a study have in common."""
+    return PackSettings(
+        effective_batch_size=spec.train.effective_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        max_grad_norm=spec.train.max_grad_norm,
+        weight_decay=spec.train.weight_decay,
+        grouped=plan.grouped,
+    )
+
+
+def _spec_hash(spec: StudySpec) -> str:
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+
+
+def _total_steps(spec: StudySpec, num_train: int) -> int:
+    if spec.train.max_steps is not None:
+        return spec.train.max_steps
+    return max(1, round(spec.train.epochs * num_train / spec.train.effective_batch_size))
+
+
+def _choose_device(wanted: str) -> str:
+    """Return ``cpu`` or ``cuda``; a GPU that torch cannot use is an error, not a slow run."""
+    available = torch.cuda.is_available()
+    if wanted == "cpu":
+        return "cpu"
+    if available:
+        return "cuda"
+    has_gpu = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    if has_gpu:
+        raise MachineError(
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it. Install the "
+            f"CUDA build: pip install --force-reinstall torch=={torch.__version__.split('+')[0]} (or "
+            'set run.device = "cpu" to train on the CPU).'
+        )
+    if wanted == "cuda":
+        raise MachineError(
+            'run.device is "cuda", but no NVIDIA GPU was found. Use "auto" or "cpu".'
+        )
+    return "cpu"
+
+
+def _free_bytes(device: str, base: BaseModel) -> int:
+    """Return what may be used in all: what is free now, and what the loaded base already takes."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) + base.weight_bytes()
+    return int(psutil.virtual_memory().available) + base.weight_bytes()
+
+
+def _hardware(device: str) -> dict[str, str]:
+    found = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "host_memory_bytes": str(psutil.virtual_memory().total),
+        "device": device,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["gpu_memory_bytes"] = str(properties.total_memory)
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _identity(inputs: Inputs, base: BaseModel) -> ModelIdentity:
+    return ModelIdentity(
+        base=inputs.spec.model.base,
+        hub_id=inputs.files.hub_id,
+        revision=inputs.files.revision,
+        architecture=type(base.model).__name__,
+        model_type=inputs.shape.model_type,
+        num_parameters=inputs.shape.num_parameters,
+        license=inputs.files.license,
+        quantization=inputs.spec.model.quantization,
+    )
+
+
+def _gguf(files: ModelFiles) -> Path:
+    assert files.gguf is not None
+    return files.gguf
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

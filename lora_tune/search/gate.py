@@ -1,0 +1,244 @@
+"""The gate: what fits the memory budget, decided before any training.
+
+For every target set the largest rank of the space that fits; then how a pack trains: micro-batch,
+gradient checkpointing, and how many lanes are possible. Everything comes from the closed form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lora_tune.catalog.targets import named_sets, resolve_target_set, set_label
+from lora_tune.errors import InfeasibleError
+from lora_tune.memory.estimate import (
+    LaneShape,
+    MemoryRequest,
+    estimate_memory,
+    trainable_parameters,
+)
+from lora_tune.memory.fit import explain_no_fit, largest_that_fits
+from lora_tune.memory.shape import ModelShape
+from lora_tune.records import MemoryEstimate, TargetSet, TrialConfig
+from lora_tune.study.spec import SpaceSection, StudySpec, TrainSection
+from lora_tune.units import format_bytes
+
+MOST_LANES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackPlan:
+    """How a pack of the largest configuration can be trained within the budget."""
+
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    most_lanes: int
+
+
+class Gate:
+    """Estimates and limits of one study on one model under one budget."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        shape: ModelShape,
+        *,
+        compute_dtype: str,
+        max_tokens: int,
+        budget_bytes: int,
+        grouped: bool,
+        library_bytes: int = 0,
+    ) -> None:
+        """Keep what the estimates depend on.
+
+        Args:
+            spec: The study.
+            shape: Sizes of the base.
+            compute_dtype: ``float32`` or ``bfloat16``.
+            max_tokens: Longest row after truncation: the batch that decides.
+            budget_bytes: What a pack may use.
+            grouped: Whether lanes run as grouped products.
+            library_bytes: Workspaces that the device's libraries keep.
+        """
+        self.spec = spec
+        self.shape = shape
+        self.budget_bytes = budget_bytes
+        self._request = MemoryRequest(
+            quantization=spec.model.quantization,
+            compute_dtype=compute_dtype,
+            lanes=(),
+            micro_batch_size=1,
+            max_length=max_tokens,
+            gradient_checkpointing=True,
+            gradient_accumulation=True,
+            grouped=grouped,
+            library_bytes=library_bytes,
+        )
+
+    def target_sets(
+        self, modules: dict[str, tuple[str, ...]]
+    ) -> tuple[tuple[TargetSet, ...], list[str]]:
+        """Return every set with its largest rank that fits, and what was left out, as sentences.
+
+        Raises:
+            InfeasibleError: Not even the smallest rank of any set fits.
+        """
+        found, notes = [], []
+        space = self.spec.space
+        for name, names in modules.items():
+            rank = self._largest_rank(names, sorted(space.rank))
+            found.append(
+                TargetSet(
+                    name=name,
+                    modules=names,
+                    max_rank=rank,
+                    trainable_parameters_per_rank=self._trainable(1, names),
+                )
+            )
+            if rank == 0:
+                peak = self._lone(min(space.rank), names).peak_allocated_bytes
+                notes.append(
+                    f"target set {name} is left out: rank {min(space.rank)} needs {format_bytes(peak)}, "
+                    f"the budget is {format_bytes(self.budget_bytes)}."
+                )
+            elif rank < max(space.rank):
+                notes.append(
+                    f"target set {name}: ranks above {rank} do not fit and are lowered to it."
+                )
+        if not any(target.max_rank for target in found):
+            raise InfeasibleError(self._nothing_fits(found))
+        return tuple(found), notes
+
+    def pack_plan(self, target_sets: Sequence[TargetSet]) -> PackPlan:
+        """Return how the largest configuration is trained: no checkpointing if that fits.
+
+        A ``run.lanes`` given as a number comes first: the micro-batch is lowered until so many fit.
+        """
+        train, run = self.spec.train, self.spec.run
+        wanted = 1 if run.lanes == "auto" else run.lanes
+        largest = self._largest_lane(target_sets)
+        for lanes in range(wanted, 0, -1):
+            for checkpointing in _checkpointing_choices(train):
+                for size in _micro_batch_sizes(train):
+                    plan = PackPlan(
+                        micro_batch_size=size,
+                        gradient_checkpointing=checkpointing,
+                        most_lanes=lanes,
+                    )
+                    if self._peak(plan, largest, lanes) <= self.budget_bytes:
+                        return self._with_most_lanes(plan, largest)
+        raise InfeasibleError(
+            f"train.micro_batch_size {train.micro_batch_size} does not fit the budget even with one lane. "
+            "Lower it, or leave it at auto."
+        )
+
+    def predict(self, config: TrialConfig, plan: PackPlan, *, lanes: int) -> tuple[int, int]:
+        """Return the predicted peak of a pack of ``lanes`` such lanes, and one lane's parameters."""
+        lane = LaneShape(
+            rank=config.rank, targets=config.target_modules, lora_dropout=config.lora_dropout
+        )
+        return self._peak(plan, lane, lanes), trainable_parameters(self.shape, lane)
+
+    def _with_most_lanes(self, plan: PackPlan, largest: LaneShape) -> PackPlan:
+        if self.spec.run.lanes != "auto":
+            return plan
+        lanes = 1
+        while lanes < MOST_LANES and self._peak(plan, largest, lanes * 2) <= self.budget_bytes:
+            lanes *= 2
+        return replace(plan, most_lanes=lanes)
+
+    def _peak(self, plan: PackPlan, lane: LaneShape, lanes: int) -> int:
+        request = replace(
+            self._request,
+            lanes=(lane,) * lanes,
+            micro_batch_size=plan.micro_batch_size,
+            gradient_checkpointing=plan.gradient_checkpointing,
+            gradient_accumulation=plan.micro_batch_size < self.spec.train.effective_batch_size,
+        )
+        return estimate_memory(self.shape, request).peak_allocated_bytes
+
+    def _largest_lane(self, target_sets: Sequence[TargetSet]) -> LaneShape:
+        """Return the lane that needs most memory of all that the space can propose."""
+        dropout = max(self.spec.space.lora_dropout)
+        lanes = [
+            LaneShape(rank=t.max_rank, targets=t.modules, lora_dropout=dropout)
+            for t in target_sets
+            if t.max_rank
+        ]
+        plan = PackPlan(micro_batch_size=1, gradient_checkpointing=False, most_lanes=1)
+        return max(lanes, key=lambda lane: self._peak(plan, lane, 1))
+
+    def _largest_rank(self, modules: tuple[str, ...], ranks: Sequence[int]) -> int:
+        return largest_that_fits(
+            ranks, lambda rank: self._lone(rank, modules).peak_allocated_bytes, self.budget_bytes
+        )
+
+    def _lone(
+        self, rank: int, modules: tuple[str, ...], max_length: int | None = None
+    ) -> MemoryEstimate:
+        """Estimate one lane in its smallest form: one row at a time, checkpointed if allowed."""
+        lane = LaneShape(rank=rank, targets=modules, lora_dropout=max(self.spec.space.lora_dropout))
+        request = replace(
+            self._request,
+            lanes=(lane,),
+            gradient_checkpointing=self.spec.train.gradient_checkpointing is not False,
+            max_length=max_length or self._request.max_length,
+        )
+        return estimate_memory(self.shape, request)
+
+    def _nothing_fits(self, target_sets: Sequence[TargetSet]) -> str:
+        rank = min(self.spec.space.rank)
+        smallest = min(target_sets, key=lambda t: t.trainable_parameters_per_rank)
+        safety = self.spec.memory.safety
+        return explain_no_fit(
+            self._lone(rank, smallest.modules),
+            self.budget_bytes,
+            configuration=f"rank {rank}, {smallest.name}",
+            budget=f'memory.gpu "{self.spec.memory.gpu}", {safety:.0%}',
+            safety=safety,
+            max_length=self._request.max_length,
+            peak_at_length=lambda length: (
+                self._lone(rank, smallest.modules, length).peak_allocated_bytes
+            ),
+        )
+
+    def _trainable(self, rank: int, modules: tuple[str, ...]) -> int:
+        return trainable_parameters(
+            self.shape, LaneShape(rank=rank, targets=modules, lora_dropout=0.0)
+        )
+
+
+def resolve_sets(
+    space: SpaceSection, *, model_type: str, linears: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Return the target sets of the space as full module names, and notes on those left out.
+
+    Sets that the study names must exist on the model; of the default ones, those that do not are
+    left out and listed.
+
+    Raises:
+        TargetModulesError: A named set or module that the model does not have.
+    """
+    if "target_modules" in space.model_fields_set:
+        chosen = {
+            set_label(entry): resolve_target_set(entry, model_type=model_type, linears=linears)
+            for entry in space.target_modules
+        }
+        return chosen, []
+    known = named_sets(model_type, linears)
+    wanted = [str(name) for name in space.target_modules]
+    missing = [name for name in wanted if name not in known]
+    notes = [f"target sets that this model does not have: {', '.join(missing)}."] if missing else []
+    return {name: known[name] for name in wanted if name in known}, notes
+
+
+def _micro_batch_sizes(train: TrainSection) -> list[int]:
+    """Return the sizes to try, largest first: the divisors of the effective batch."""
+    batch = train.effective_batch_size
+    if train.micro_batch_size != "auto":
+        return [train.micro_batch_size]
+    return [size for size in range(batch, 0, -1) if batch % size == 0]
+
+
+def _checkpointing_choices(train: TrainSection) -> list[bool]:
+    if train.gradient_checkpointing == "auto":
+        return [False, True]
+    return [bool(train.gradient_checkpointing)]

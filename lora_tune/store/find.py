@@ -1,0 +1,41 @@
+"""STUDY on the command line: a folder, a study.toml, a name under ``reports/``, or the newest."""
+
+from pathlib import Path
+
+from lora_tune.errors import StoreError, nearest
+from lora_tune.store.folder import LOCK_FILE, StudyFolder
+from lora_tune.study.loader import load_study
+
+REPORTS = Path("reports")
+
+
+def find_study(study: str | None) -> StudyFolder:
+    """Return the study folder that ``study`` means; None means the one changed last.
+
+    Raises:
+        StoreError: There is no such study.
+        StudyFileError: ``study`` is a study file that cannot be used.
+    """
+    if study is None:
+        started = sorted(REPORTS.glob(f"*/{LOCK_FILE}"), key=lambda path: path.stat().st_mtime)
+        if not started:
+            raise StoreError(
+                f"no study below {REPORTS}/. Start one with: lora-tune run STUDY.toml, or name its folder."
+            )
+        return StudyFolder(started[-1].parent)
+    path = Path(study)
+    if path.suffix == ".toml":
+        spec = load_study(path)
+        return _started(Path(spec.study.output) / spec.study.name, study)
+    return _started(path if path.is_dir() else REPORTS / study, study)
+
+
+def _started(folder: Path, study: str) -> StudyFolder:
+    if not (folder / LOCK_FILE).is_file():
+        known = sorted(path.parent.name for path in REPORTS.glob(f"*/{LOCK_FILE}"))
+        listed = f" Studies below {REPORTS}/: {', '.join(known)}." if known else ""
+        raise StoreError(
+            f'"{study}" is no started study: there is no {folder / LOCK_FILE}{nearest(study, known)}'
+            f"{listed} Start it with: lora-tune run STUDY.toml"
+        )
+    return StudyFolder(folder)

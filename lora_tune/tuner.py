@@ -1,0 +1,329 @@
+"""The study: ladder asks, executor trains, store remembers. The only place where they meet.
+
+The same command begins a study, goes on with one that was interrupted, and leaves a finished one alone.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from lora_tune.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lora_tune.engine.base import BaseModel, quiet_transformers
+from lora_tune.engine.pack import TrialPack
+from lora_tune.errors import AllTrialsFailedError, DataError, StudyFileError
+from lora_tune.executors.in_process import InProcessExecutor, memory_in_use
+from lora_tune.executors.interface import Executor
+from lora_tune.files import publish_folder, write_text
+from lora_tune.planning import (
+    Inputs,
+    load_base,
+    make_gate,
+    make_lock,
+    pack_settings,
+    read_inputs,
+)
+from lora_tune.records import (
+    Confirmation,
+    LaneJob,
+    ProgressState,
+    StudyLock,
+    StudySnapshot,
+    TrialConfig,
+    TrialRecord,
+)
+from lora_tune.report import model_card, write_reports
+from lora_tune.search.anchors import make_anchors
+from lora_tune.search.gate import PackPlan
+from lora_tune.search.ladder import Ladder, LadderPlan
+from lora_tune.search.proposals import Proposer
+from lora_tune.search.space import SearchSpace
+from lora_tune.store.database import open_optuna_study
+from lora_tune.store.folder import DATABASE, STUDY_FILE, StudyFolder
+from lora_tune.study.spec import StudySpec
+
+BASE_TRIAL = -1  # the untuned base, where a trial's number is asked for
+ADAPTER_FOLDER = "adapter"
+# Keys that may change between runs of one study: a budget is a total.
+CHANGEABLE = (("search", "trials"), ("search", "max_hours"))
+
+
+class View(Protocol):
+    """What the tuner tells while it works; ``report.ProgressView`` is one."""
+
+    def update(self, state: ProgressState) -> None:
+        """Show where the study is."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Say a sentence."""
+        ...
+
+
+def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) -> StudySnapshot:
+    """Run a study to its end, or go on with one; return what its folder then holds.
+
+    Args:
+        spec: The validated study file.
+        study_file: Where it is; paths in it are relative to its folder.
+        command: The command line that runs it, for the record.
+        view: Is told how it goes.
+
+    Raises:
+        LoraTuneError: With one message; nothing of the study is lost.
+    """
+    quiet_transformers()
+    began = time.monotonic()
+    store = StudyFolder(Path(spec.study.output) / spec.study.name)
+    inputs = read_inputs(spec, base_dir=study_file.parent)
+    for note in inputs.notes:
+        view.note(note)
+    with store.owned():
+        lock = store.load_lock()
+        if lock is not None:
+            _check_unchanged(spec, inputs, lock)
+        earlier_s = store.load_runtime()
+
+        def elapsed() -> float:
+            return earlier_s + time.monotonic() - began
+
+        base = load_base(inputs, lock)
+        if lock is None:
+            lock = make_lock(inputs, base, command=command, study_file=study_file, note=view.note)
+            store.save_lock(lock)
+            write_text(store.path / STUDY_FILE, study_file.read_text(encoding="utf-8"))
+        try:
+            _search_and_confirm(inputs, lock, base, store, elapsed, view)
+        finally:
+            store.save_runtime(elapsed())
+            write_reports(store.snapshot())
+        return store.snapshot()
+
+
+def _search_and_confirm(
+    inputs: Inputs,
+    lock: StudyLock,
+    base: BaseModel,
+    store: StudyFolder,
+    elapsed: Callable[[], float],
+    view: View,
+) -> None:
+    spec, plan = inputs.spec, lock.plan
+    base.set_gradient_checkpointing(plan.gradient_checkpointing)
+    executor = InProcessExecutor(
+        TrialPack(base, inputs.data.train, pack_settings(spec, plan)),
+        {"selection": inputs.data.selection, "confirmation": inputs.data.confirmation},
+        lanes=plan.lanes,
+        base_model=inputs.files.hub_id or str(inputs.folder),
+    )
+    ladder = _make_ladder(inputs, lock, store, elapsed)
+    progress = _Progress(ladder, executor, base, lock, elapsed, view)
+    executor.on_step = progress.show
+    search(ladder, executor, told=progress.show)
+    winner = ladder.select_winner(practical_margin=spec.select.practical_margin)
+    confirmation = store.load_confirmation()
+    if confirmation is None or confirmation.winner != winner.number:
+        progress.phase = "confirmation"
+        confirmation = confirm(winner, executor, lock, store, dtype=_confirmation_dtype(inputs))
+        store.save_confirmation(confirmation)
+    store.save_runtime(elapsed())
+    _publish_adapter(store, winner, lock)
+
+
+def search(ladder: Ladder, executor: Executor, *, told: Callable[[], None]) -> None:
+    """Train what the ladder asks for until it asks for nothing more."""
+    while True:
+        for job in ladder.next_jobs(executor.free_slots):
+            executor.submit(job)
+        if not executor.busy:
+            return
+        for outcome in executor.wait():
+            ladder.take(outcome)
+        told()
+
+
+def confirm(
+    winner: TrialRecord, executor: Executor, lock: StudyLock, store: StudyFolder, *, dtype: str
+) -> Confirmation:
+    """Score the winner and the untuned base on the split that the search never saw.
+
+    Raises:
+        AllTrialsFailedError: A score is not finite.
+    """
+    steps, rung = winner.steps, len(lock.rungs) - 1
+    adapter = LaneJob(
+        trial=winner.number,
+        rung=rung,
+        config=winner.config,
+        start_step=steps,
+        hold_step=steps,
+        end_step=steps,
+        warmup_steps=0,
+        eval_split="confirmation",
+        eval_dtype=dtype,
+        start_folder=store.trial_folder(winner.number) / f"rung-{rung}",
+        result_folder=None,
+    )
+    untuned = replace(adapter, trial=BASE_TRIAL, config=None, start_folder=None)
+    jobs = [adapter, untuned, replace(untuned, eval_split="selection", eval_dtype="train")]
+    results = []
+    for job in jobs:  # one by one: they must fit wherever a single lane does
+        executor.submit(job)
+        [outcome] = executor.wait()
+        if outcome.evaluation is None:
+            raise AllTrialsFailedError(f"confirmation of trial {winner.number}: {outcome.reason}")
+        results.append(outcome.evaluation)
+    return Confirmation(
+        winner=winner.number,
+        winner_evaluation=results[0],
+        base_evaluation=results[1],
+        base_selection_loss=results[2].mean_loss,
+    )
+
+
+def _make_ladder(
+    inputs: Inputs, lock: StudyLock, store: StudyFolder, elapsed: Callable[[], float]
+) -> Ladder:
+    spec, plan = inputs.spec, lock.plan
+    space = SearchSpace(spec.space, lock.target_sets, seed=spec.study.seed)
+    anchors = []
+    if spec.search.anchors:
+        anchors = make_anchors(
+            space,
+            effective_batch_size=spec.train.effective_batch_size,
+            num_train=len(inputs.data.train),
+        )
+    records = store.load_trials()
+    proposer = Proposer(
+        open_optuna_study(store.path / DATABASE, name=lock.name, num_records=len(records)),
+        space,
+        anchors[: spec.search.trials],
+        sampler=spec.search.sampler,
+        startup_trials=spec.search.startup_trials,
+        seed=spec.study.seed,
+    )
+    gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, grouped=plan.grouped)
+    pack_plan = PackPlan(
+        micro_batch_size=plan.micro_batch_size,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        most_lanes=plan.lanes,
+    )
+
+    def predict(config: TrialConfig) -> tuple[int, int]:
+        return gate.predict(config, pack_plan, lanes=plan.lanes)
+
+    def out_of_time() -> bool:
+        hours = spec.search.max_hours
+        return hours is not None and elapsed() > 3600 * hours
+
+    return Ladder(
+        LadderPlan(
+            num_trials=spec.search.trials,
+            rungs=lock.rungs,
+            warmup_steps=lock.warmup_steps,
+            cooldown_ratio=spec.train.cooldown_ratio,
+            window=plan.lanes,
+            budget_bytes=plan.budget_bytes,
+        ),
+        space,
+        proposer,
+        records=records,
+        save=store.save_trial,
+        predict=predict,
+        trial_folder=store.trial_folder,
+        out_of_time=out_of_time,
+    )
+
+
+def _publish_adapter(store: StudyFolder, winner: TrialRecord, lock: StudyLock) -> None:
+    """Put the winner's adapter and its model card into the study's ``adapter`` folder."""
+    trained = store.trial_folder(winner.number) / f"rung-{len(lock.rungs) - 1}"
+    card = model_card(store.snapshot(), base_model=lock.model.hub_id)
+    with publish_folder(store.path / ADAPTER_FOLDER) as folder:
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            shutil.copyfile(trained / name, folder / name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _check_unchanged(spec: StudySpec, inputs: Inputs, lock: StudyLock) -> None:
+    """Refuse to go on with other settings or other data than the study began with."""
+    before, now = _flat(lock.spec), _flat(spec.model_dump(mode="json"))
+    changed = [key for key in now if now[key] != before.get(key) and key not in CHANGEABLE]
+    if changed:
+        lines = [f"  {'.'.join(k)}: was {before.get(k)!r}, is {now[k]!r}" for k in changed]
+        raise StudyFileError(
+            f"the study file differs from the one that {lock.name} began with:\n"
+            + "\n".join(lines)
+            + "\nOnly search.trials and search.max_hours may change. Change it back, or give the study "
+            "another name (study.name)."
+        )
+    if inputs.data.fingerprint.sha256 != lock.data.sha256:
+        raise DataError(
+            f"{spec.data.train}: the rows differ from those that {lock.name} began with. Bring them "
+            "back, or give the study another name (study.name)."
+        )
+
+
+def _flat(values: dict[str, object]) -> dict[tuple[str, str], object]:
+    return {
+        (section, key): value
+        for section, keys in values.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+    }
+
+
+def _confirmation_dtype(inputs: Inputs) -> str:
+    wanted = inputs.spec.select.compute_dtype
+    if wanted == "auto":
+        return "float32" if inputs.device == "cpu" else "train"
+    return wanted
+
+
+class _Progress:
+    """Gathers what the live view shows."""
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        executor: InProcessExecutor,
+        base: BaseModel,
+        lock: StudyLock,
+        elapsed: Callable[[], float],
+        view: View,
+    ) -> None:
+        self.ladder, self.executor, self.base, self.lock = ladder, executor, base, lock
+        self.elapsed, self.view = elapsed, view
+        self.phase = "search"
+        self.began_s = elapsed()
+        self.work_before = ladder.finished_steps()
+
+    def show(self) -> None:
+        """Tell the view where the study is."""
+        states: dict[str, int] = {}
+        for record in self.ladder.records.values():
+            states[str(record.state)] = states.get(str(record.state), 0) + 1
+        best = self.ladder.best
+        spent = self.elapsed() - self.began_s
+        lanes = self.executor.readings()
+        running = sum(lane.step for lane in lanes)
+        done = self.ladder.finished_steps() + running - self.work_before
+        left = self.ladder.planned_steps() - self.ladder.finished_steps() - running
+        self.view.update(
+            ProgressState(
+                phase=self.phase if not lanes else f"rung {max(lane.rung for lane in lanes)}",
+                trials_done=sum(1 for r in self.ladder.records.values() if r.rungs or r.reason),
+                trials_total=self.ladder.plan.num_trials,
+                states=states,
+                lanes=lanes,
+                best_trial=best.number if best else None,
+                best_loss=best.best_loss if best else None,
+                tokens_per_s=self.executor.num_tokens / spent if spent else 0.0,
+                memory_bytes=memory_in_use(self.base),
+                budget_bytes=self.lock.plan.budget_bytes,
+                elapsed_s=self.elapsed(),
+                left_s=spent / done * max(0, left) if done > 0 else None,
+            )
+        )
