@@ -186,7 +186,7 @@ def _measure(
         plan = replace(plan, lanes=lanes)
         readings |= found
     note(
-        f"{plan.lanes} lanes a pack, {plan.micro_batch_size} rows a lane and pass, {plan.compute_dtype}, "
+        f"lanes a pack: {plan.lanes}; rows a lane and pass: {plan.micro_batch_size}; {plan.compute_dtype}; "
         f"gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}."
     )
     return replace(plan, tokens_per_s=readings)

@@ -1,5 +1,6 @@
 """``lora-tune run``: run a study to its end, or go on with one."""
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -11,6 +12,8 @@ from lora_tune.report import ProgressView, print_report
 from lora_tune.store.find import find_study
 from lora_tune.study.loader import load_study
 
+GOMP_SPINCOUNT = "30000"
+
 
 def run(study: str, *, command: str) -> None:
     """Run the study and print its report.
@@ -21,6 +24,9 @@ def run(study: str, *, command: str) -> None:
     """
     path = _study_file(study)
     spec = load_study(path)
+    # OpenMP reads this when torch is imported. Its default spins so long at every barrier that a
+    # CPU shared with other work can train 30 times slower; see docs/log.md.
+    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
     # Heavy imports come after the study file has been found good.
     from lora_tune.tuner import run_study
 

@@ -4,8 +4,9 @@ transformers reads GGUF by dequantizing every tensor, which takes about half a m
 parameters; the folder it leaves loads in seconds.
 """
 
-import logging
+import io
 import os
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -39,18 +40,15 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # transformers draws a progress bar here that no setting of its own switches off
+        with redirect_stderr(io.StringIO()):
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{gguf}: cannot be read as a GGUF model ({error})") from error
-    finally:
-        logger.setLevel(level)
     # A model loaded from GGUF counts as quantized and refuses to be saved: its tensors go into
     # a model built from the same config without that mark.
     fields = loaded.config.to_dict()

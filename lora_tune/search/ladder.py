@@ -302,7 +302,8 @@ class Ladder:
             state, value = TrialState.COMPLETE, record.rungs[0].eval_loss
         else:
             state, value = record.state, self._penalty(record, generation_end)
-            self._store(replace(record, penalty=value))
+            if state is not TrialState.FAILED:  # of which Optuna is told no value
+                self._store(replace(record, penalty=value))
             if state is TrialState.INFEASIBLE:
                 excess = max(excess, 1)
         self.proposer.tell(record.number, state=state, value=value, vram_excess_bytes=excess)

@@ -52,6 +52,7 @@ class Proposer:
         trials = self.study.get_trials(deepcopy=False)
         if number < len(trials) and trials[number].state == optuna.trial.TrialState.RUNNING:
             trial = optuna.Trial(self.study, trials[number]._trial_id)
+            self._draw_again(trial, trials[number])
         else:
             if number == len(trials) and number < len(self.anchors):
                 self.study.enqueue_trial(self.space.as_optuna(self.anchors[number].params))
@@ -80,15 +81,24 @@ class Proposer:
         """
         assert math.isfinite(value)
         trial = self._open.pop(number, None) or self._adopt(number)
-        trial.set_constraint(VRAM_CONSTRAINT, float(vram_excess_bytes))
+        known = self.study.get_trials(deepcopy=False)[number]  # may be half told: killed in between
+        if VRAM_CONSTRAINT not in known.constraints:
+            trial.set_constraint(VRAM_CONSTRAINT, float(vram_excess_bytes))
         trial.set_user_attr("state", str(state))
         if state is TrialState.FAILED:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         elif state in (TrialState.DIVERGED, TrialState.INFEASIBLE):
-            trial.report(value, step=0)
+            if 0 not in known.intermediate_values:
+                trial.report(value, step=0)
             self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
             self.study.tell(trial, value)
+
+    def _draw_again(self, trial: optuna.Trial, stored: optuna.trial.FrozenTrial) -> None:
+        """Bring the sampler to where it was when it had drawn the values that are stored already."""
+        for name, distribution in stored.distributions.items():
+            if name not in trial.relative_params and not distribution.single():
+                self.study.sampler.sample_independent(self.study, stored, name, distribution)
 
     def _adopt(self, number: int) -> optuna.Trial:
         self._seed_sampler(number)

@@ -35,7 +35,8 @@ def _started(folder: Path, study: str) -> StudyFolder:
         known = sorted(path.parent.name for path in REPORTS.glob(f"*/{LOCK_FILE}"))
         listed = f" Studies below {REPORTS}/: {', '.join(known)}." if known else ""
         raise StoreError(
-            f'"{study}" is no started study: there is no {folder / LOCK_FILE}{nearest(study, known)}'
+            f'"{study}" is no started study: there is no {folder / LOCK_FILE}'
+            f"{nearest(study, known) or '.'}"
             f"{listed} Start it with: lora-tune run STUDY.toml"
         )
     return StudyFolder(folder)

@@ -22,6 +22,8 @@ _WANTED = {
     "int_parsing": "a whole number",
     "float_": "a number",
     "string_type": "text in quotes",
+    "string_too_short": "text that is not empty",
+    "string_pattern": "letters, digits, _, . and -, beginning with a letter, a digit or _",
     "bool_": "true or false",
     "tuple_type": "a list",
     "model_type": "a section",
@@ -59,7 +61,7 @@ def load_study(path: Path) -> StudySpec:
 def validate_study(values: dict[str, Any], *, source: Path) -> StudySpec:
     """Validate the values of a study file read from ``source``."""
     study = values.get("study", {})
-    if isinstance(study, dict) and not study.get("name"):
+    if isinstance(study, dict) and study.get("name", "") == "":
         values = {**values, "study": {**study, "name": source.stem}}
     try:
         return StudySpec.model_validate(values)
@@ -75,7 +77,9 @@ def _without_union_noise(details: list[ErrorDetails]) -> list[ErrorDetails]:
     """
     kept: dict[tuple[int | str, ...], ErrorDetails] = {}
     for detail in details:
-        key = tuple(part for part in detail["loc"] if not _is_union_tag(part))
+        key = detail["loc"]
+        if detail["type"] != "extra_forbidden":  # whose last part is the user's own word
+            key = tuple(part for part in key if not _is_union_tag(part))
         # what the value should be says more than that it is not the word "auto"
         if key not in kept or kept[key]["type"] == "literal_error":
             kept[key] = {**detail, "loc": key}
@@ -98,9 +102,8 @@ def _explain(detail: ErrorDetails) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
         known = sorted(_fields_at(detail["loc"][:-1]))
-        return (
-            f"unknown key {key}{nearest(str(detail['loc'][-1]), known)} Known: {', '.join(known)}."
-        )
+        hint = nearest(str(detail["loc"][-1]), known) or "."
+        return f"unknown key {key}{hint} Known: {', '.join(known)}."
     if kind == "missing" and isinstance(detail["loc"][-1], int):
         return f"{_dotted(detail['loc'][:-1])} has too few values: give [lowest, highest]."
     if kind == "missing":

@@ -17,7 +17,7 @@ DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completio
 class Section(BaseModel):
     """A section of the study file: immutable, and no key that is not declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StudySection(Section):
