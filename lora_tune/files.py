@@ -18,11 +18,14 @@ MANIFEST = "manifest.json"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically; an existing file is replaced."""
+    """Write a UTF-8 file atomically; an existing file is replaced.
+
+    Lone surrogates, which a file name that is not UTF-8 becomes in Python, are written as escapes.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(text.encode("utf-8", "backslashreplace"))
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -63,11 +66,11 @@ def is_complete(folder: Path) -> bool:
     """Return whether ``folder`` was published and its files still have the sizes and hashes noted."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        digests = manifest["sha256"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return all(
-        (folder / name).is_file() and sha256_of(folder / name) == digest
-        for name, digest in manifest["sha256"].items()
+        (folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in digests
     )
 
 

@@ -54,7 +54,7 @@ def find_model(base: str, *, revision: str | None, base_dir: Path) -> ModelFiles
     if base.endswith(".gguf") or base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise ModelError(
             f'model.base "{base}" is no file or folder (looked in {base_dir} and {Path.cwd()})'
-            f"{nearest(base, CATALOG_MODELS)} Give a folder with safetensors, a .gguf file, a hub id "
+            f"{nearest(base, CATALOG_MODELS) or '.'} Give a folder with safetensors, a .gguf file, a hub id "
             f"such as org/name, or a catalogue name ({', '.join(sorted(CATALOG_MODELS))})."
         )
     return _snapshot(base, revision)
@@ -114,7 +114,7 @@ def _snapshot(base: str, revision: str | None) -> ModelFiles:
     except RepositoryNotFoundError as error:
         raise ModelError(
             f'model.base "{base}" is not on the hub (or is private: run `hf auth login`)'
-            f"{nearest(base, CATALOG_MODELS)} Catalogue names: {', '.join(sorted(CATALOG_MODELS))}."
+            f"{nearest(base, CATALOG_MODELS) or '.'} Catalogue names: {', '.join(sorted(CATALOG_MODELS))}."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ModelError(

@@ -28,6 +28,7 @@ from lora_tune.errors import MachineError, ModelError
 from lora_tune.hub import ModelFiles, find_model
 from lora_tune.memory.fit import resolve_budget
 from lora_tune.memory.shape import COVERED, ModelShape
+from lora_tune.memory.terms import cublas_workspace_bytes
 from lora_tune.records import (
     LanePlan,
     ModelIdentity,
@@ -201,6 +202,7 @@ def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, grouped: bool) -
         max_tokens=inputs.data.fingerprint.max_tokens,
         budget_bytes=budget_bytes,
         grouped=grouped,
+        library_bytes=_library_bytes(inputs.device),
     )
 
 
@@ -270,6 +272,13 @@ def _free_bytes(device: str, base: BaseModel) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0]) + base.weight_bytes()
     return int(psutil.virtual_memory().available) + base.weight_bytes()
+
+
+def _library_bytes(device: str) -> int:
+    if device != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return cublas_workspace_bytes(f"{major}.{minor}")
 
 
 def _hardware(device: str) -> dict[str, str]:

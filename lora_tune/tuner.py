@@ -308,7 +308,7 @@ class _Progress:
         best = self.ladder.best
         spent = self.elapsed() - self.began_s
         lanes = self.executor.readings()
-        running = sum(lane.step for lane in lanes)
+        running = sum(max(0, lane.step - self.ladder.start_step(lane.rung)) for lane in lanes)
         done = self.ladder.finished_steps() + running - self.work_before
         left = self.ladder.planned_steps() - self.ladder.finished_steps() - running
         self.view.update(

@@ -19,9 +19,8 @@ from lora_tune.catalog.models import find_packaged_gguf
 from lora_tune.records import StudySnapshot
 from lora_tune.store.folder import StudyFolder
 
-WORDS = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi"
-).split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+WORDS += ["iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -372,9 +371,9 @@ def test_smollm2_learns_in_a_small_study_on_real_text(tmp_path):
         "data/pydoc.jsonl": "pydoc.jsonl",
         "selection_rows = 64": "selection_rows = 16",
         "confirmation_rows = 96": "confirmation_rows = 16",
-        "max_steps = 28": "max_steps = 6",
+        "max_steps = 24": "max_steps = 6",
         "trials = 10": "trials = 2",
-        "min_rung_steps = 7": "min_rung_steps = 2",
+        "min_rung_steps = 6": "min_rung_steps = 2",
         "effective_batch_size = 8": "effective_batch_size = 4",
         "lanes = 4": "lanes = 2",
     }.items():

@@ -12,8 +12,6 @@ from lora_tune.report import ProgressView, print_report
 from lora_tune.store.find import find_study
 from lora_tune.study.loader import load_study
 
-GOMP_SPINCOUNT = "30000"
-
 
 def run(study: str, *, command: str) -> None:
     """Run the study and print its report.
@@ -24,9 +22,9 @@ def run(study: str, *, command: str) -> None:
     """
     path = _study_file(study)
     spec = load_study(path)
-    # OpenMP reads this when torch is imported. Its default spins so long at every barrier that a
-    # CPU shared with other work can train 30 times slower; see docs/log.md.
-    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINCOUNT)
+    # OpenMP reads this when torch is imported. By default its threads spin at every barrier, and on a
+    # CPU that is shared with anything else training then slows down up to tenfold; see docs/log.md.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Heavy imports come after the study file has been found good.
     from lora_tune.tuner import run_study
 

@@ -65,6 +65,8 @@ class TrialPack:
         lane = Lane(job=job, adapter=adapter, optimizer=optimizer, step=0)
         if job.start_folder is not None:
             restore_lane(lane, job.start_folder)
+            if lane.step == job.hold_step:  # short rungs may hold where the one before did
+                lane.held = lane.state()
         return lane
 
     def train_step(self, lanes: Sequence[Lane]) -> None:

@@ -33,6 +33,8 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",  # DefaultCPUAllocator
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN says when its workspace does not fit
+    "is killed by signal: Killed",  # a data-loader worker
 )
 
 
@@ -201,11 +203,12 @@ class InProcessExecutor:
     def _shrink(self) -> list[LaneOutcome]:
         """Free all lanes after running out of memory; halve the lanes, or give up on a lone one."""
         peak = memory_in_use(self.pack.base)
-        jobs = [lane.job for lane in self._lanes] or self._waiting[:1]
-        if not self._lanes:
-            del self._waiting[0]
+        jobs = [lane.job for lane in self._lanes]
+        if self._waiting and len(jobs) < self.max_lanes:  # it was a lane that did not get in
+            jobs.append(self._waiting.pop(0))
         lone = self._lanes[0] if len(self._lanes) == 1 else None
         self._lanes = []
+        self.pack.base.layout.adapters = ()
         gc.collect()
         if self.pack.base.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,13 +1,13 @@
 """The files of a report: report.md, trials.csv and report.json, each replaced in one step."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lora_tune.files import write_text
 from lora_tune.records import EvalResult, StudySnapshot, TrialRecord
 from lora_tune.report import wording
 from lora_tune.report.markdown import render_markdown
@@ -31,7 +31,11 @@ def write_reports(snapshot: StudySnapshot) -> list[Path]:
         "trials.csv": trials_frame(snapshot).to_csv(index=False, lineterminator="\n"),
         "report.json": json.dumps(report_data(snapshot), indent=2, allow_nan=False) + "\n",
     }
-    return [_replace(snapshot.folder / name, text) for name, text in contents.items()]
+    paths = []
+    for name, text in contents.items():
+        write_text(snapshot.folder / name, text)
+        paths.append(snapshot.folder / name)
+    return paths
 
 
 def report_data(snapshot: StudySnapshot) -> dict[str, Any]:
@@ -96,17 +100,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if isfinite(value) else None
     return value if isinstance(value, str | int | None) else str(value)
-
-
-def _replace(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            # A file name that is not UTF-8 reaches us with lone surrogates.
-            file.write(text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

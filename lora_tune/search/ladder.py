@@ -192,8 +192,12 @@ class Ladder:
             done += sum(self._segment_steps(rung) for rung in range(len(record.rungs) + early))
         return done
 
+    def start_step(self, rung: int) -> int:
+        """Return the step at which a trial enters a rung: where the state of the last one was kept."""
+        return self._hold_step(rung - 1) if rung else 0
+
     def _segment_steps(self, rung: int) -> int:
-        return self.plan.rungs[rung] - (self._hold_step(rung - 1) if rung else 0)
+        return self.plan.rungs[rung] - self.start_step(rung)
 
     def _next_segment(self) -> tuple[TrialRecord | None, int]:
         for number in sorted(self.records):
@@ -222,6 +226,7 @@ class Ladder:
             return False
         if self._out_of_time() and number > 0:
             self._closed = True
+            self._tell_generations()
             return False
         if number < len(self.proposer.anchors):
             return True
@@ -245,6 +250,11 @@ class Ladder:
         self._store(record)
         return record
 
+    @property
+    def _last_number(self) -> int:
+        """Trials there will be: fewer than planned when time ran out."""
+        return len(self.records) if self._closed else self.plan.num_trials
+
     def _rung_zero_done(self) -> bool:
         complete = self._closed or len(self.records) >= self.plan.num_trials
         return complete and all(r.rungs or r.state in _ENDED for r in self.records.values())
@@ -265,7 +275,7 @@ class Ladder:
             trial=record.number,
             rung=rung,
             config=record.config,
-            start_step=self._hold_step(rung - 1) if rung else 0,
+            start_step=self.start_step(rung),
             hold_step=self._hold_step(rung),
             end_step=self.plan.rungs[rung],
             warmup_steps=self.plan.warmup_steps,
@@ -287,7 +297,7 @@ class Ladder:
         """Tell Optuna, in order of number, every generation of which all outcomes are known."""
         window = self.plan.window
         for start in range(0, len(self.records), window):
-            numbers = [n for n in range(start, start + window) if n < self.plan.num_trials]
+            numbers = [n for n in range(start, start + window) if n < self._last_number]
             known = [self.records.get(number) for number in numbers]
             if not all(r is not None and (r.rungs or r.state in _ENDED) for r in known):
                 return

@@ -30,16 +30,17 @@ def open_optuna_study(path: Path, *, name: str, num_records: int) -> optuna.Stud
         study = optuna.create_study(
             storage=storage, study_name=name, direction="minimize", load_if_exists=True
         )
-    except sqlalchemy.exc.DatabaseError as error:
+        num_trials = len(study.get_trials(deepcopy=False))
+    except (sqlalchemy.exc.DatabaseError, optuna.exceptions.StorageInternalError) as error:
+        cause = error if isinstance(error, sqlalchemy.exc.DatabaseError) else error.__cause__
         raise StoreError(
-            f"{path}: is not a usable SQLite database ({error.orig}). The finished trials are safe in "
-            f"{path.parent / 'trials'}; move the study folder aside to start anew."
+            f"{path}: is not a usable SQLite database ({getattr(cause, 'orig', cause)}). The finished "
+            f"trials are safe in {path.parent / 'trials'}; move the study folder aside to start anew."
         ) from error
-    if len(study.get_trials(deepcopy=False)) < num_records:
+    if num_trials < num_records:
         raise StoreError(
-            f"{path}: holds {len(study.get_trials(deepcopy=False))} trials, but "
-            f"{path.parent / 'trials'} has records of {num_records}. Put the database back, or move "
-            "the study folder aside to start anew."
+            f"{path}: holds {num_trials} trials, but {path.parent / 'trials'} has records of "
+            f"{num_records}. Put the database back, or move the study folder aside to start anew."
         )
     return study
 

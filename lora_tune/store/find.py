@@ -27,7 +27,10 @@ def find_study(study: str | None) -> StudyFolder:
     if path.suffix == ".toml":
         spec = load_study(path)
         return _started(Path(spec.study.output) / spec.study.name, study)
-    return _started(path if path.is_dir() else REPORTS / study, study)
+    named = REPORTS / study
+    if path.is_dir() and ((path / LOCK_FILE).is_file() or not (named / LOCK_FILE).is_file()):
+        return _started(path, study)
+    return _started(named, study)
 
 
 def _started(folder: Path, study: str) -> StudyFolder:

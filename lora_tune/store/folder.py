@@ -12,11 +12,11 @@ reports/<study>/
 """
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +34,11 @@ CONFIRMATION_FILE = "confirmation.json"
 RUNTIME_FILE = "runtime.json"
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Runtime:
+    wall_s: float
 
 
 class StudyFolder:
@@ -100,8 +105,9 @@ class StudyFolder:
 
     def load_trials(self) -> list[TrialRecord]:
         """Return all trial records, by number."""
-        paths = sorted((self.path / "trials").glob("[0-9][0-9][0-9][0-9]/trial.json"))
-        return [_load(path, TrialRecord) for path in paths]
+        paths = (self.path / "trials").glob("*/trial.json")
+        records = [_load(path, TrialRecord) for path in paths if path.parent.name.isdigit()]
+        return sorted(records, key=lambda record: record.number)
 
     def save_confirmation(self, confirmation: Confirmation) -> None:
         """Write the winner's and the base's losses on the confirmation split."""
@@ -114,12 +120,12 @@ class StudyFolder:
 
     def save_runtime(self, wall_s: float) -> None:
         """Write the seconds that all runs of the study took together."""
-        write_text(self.path / RUNTIME_FILE, json.dumps({"wall_s": wall_s}) + "\n")
+        write_text(self.path / RUNTIME_FILE, _dump(_Runtime(wall_s)))
 
     def load_runtime(self) -> float:
         """Return the seconds spent so far."""
         path = self.path / RUNTIME_FILE
-        return float(_load(path, dict[str, float])["wall_s"]) if path.exists() else 0.0
+        return _load(path, _Runtime).wall_s if path.exists() else 0.0
 
     def snapshot(self) -> StudySnapshot:
         """Return all that a report may use.

@@ -125,6 +125,7 @@ def lock() -> StudyLock:
         name="docstrings",
         created="2026-01-15T09:30:00Z",
         command="lora-tune run studies/docstrings.toml",
+        study_file="studies/first.toml",
         spec={
             "study": {"name": "docstrings", "seed": 7, "output": "reports"},
             "model": {"base": "smollm2-135m-instruct", "quantization": "nf4"},

@@ -1,0 +1,558 @@
+"""The in-process executor: lanes come, go, diverge and run out of memory without touching their neighbours.
+
+The witness of most tests is the same job alone in an executor of one lane; of the published files, PEFT.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_tune.engine.adapter_files import WEIGHTS_FILE
+from lora_tune.engine.base import BaseModel, load_base_model
+from lora_tune.engine.lane import STATE_FILE, Lane
+from lora_tune.engine.lora import LaneAdapter
+from lora_tune.engine.pack import PackSettings, TrialPack
+from lora_tune.executors.in_process import MAX_POINTS, InProcessExecutor, is_out_of_memory
+from lora_tune.files import is_complete
+from lora_tune.records import (
+    EvalResult,
+    LaneJob,
+    LaneOutcome,
+    Point,
+    TokenizedRow,
+    TrialConfig,
+    TrialState,
+)
+
+RTOL = 1e-5  # rounding of float32 sums in another order, over a few optimizer steps
+SETTINGS = PackSettings(
+    effective_batch_size=4, micro_batch_size=2, max_grad_norm=1.0, weight_decay=0.0, grouped=False
+)
+MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+RANKS = (4, 16, 2, 8)
+
+
+def make_job(trial: int, *, steps: int = 4, **changes: Any) -> LaneJob:
+    """Return a job from the start; trials differ in rank, dropout, targets and learning rate."""
+    modules = MODULES[: 1 + trial % 3]
+    config = TrialConfig(
+        rank=RANKS[trial % 4],
+        lora_alpha=16.0,
+        lora_dropout=0.1 * (trial % 2),
+        target_set="test",
+        target_modules=tuple(f"model.layers.{n}.{module}" for n in range(2) for module in modules),
+        learning_rate=1e-2 / (1 + trial),
+        init_seed=trial,
+        dropout_seed=trial,
+        data_seed=7,
+    )
+    job = LaneJob(
+        trial=trial,
+        rung=0,
+        config=config,
+        start_step=0,
+        hold_step=max(1, steps - 1),
+        end_step=steps,
+        warmup_steps=1,
+        eval_split="selection",
+        eval_dtype="train",
+        start_folder=None,
+        result_folder=None,
+    )
+    return replace(job, **changes)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama: Path) -> BaseModel:
+    return load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def splits(make_rows: Callable[..., tuple[TokenizedRow, ...]]) -> dict[str, Any]:
+    return {
+        "train": make_rows(32, seed=1),
+        "selection": make_rows(9, seed=2),
+        "confirmation": make_rows(7, seed=3),
+    }
+
+
+@pytest.fixture
+def executor_of(base: BaseModel, splits: dict[str, Any]) -> Callable[..., InProcessExecutor]:
+    """Return a maker of executors; ``pack`` is the class of their pack."""
+
+    def make(
+        *,
+        lanes: int = 2,
+        pack: type[TrialPack] = TrialPack,
+        on: BaseModel | None = None,
+        **keys: Any,
+    ) -> InProcessExecutor:
+        trial_pack = pack(on or base, splits["train"], SETTINGS)
+        return InProcessExecutor(trial_pack, splits, lanes=lanes, base_model=None, **keys)
+
+    return make
+
+
+@pytest.fixture
+def alone(executor_of: Callable[..., InProcessExecutor]) -> Callable[[LaneJob], LaneOutcome]:
+    """Run a job as the only one there is."""
+
+    def run(job: LaneJob) -> LaneOutcome:
+        [outcome] = finish(executor_of(lanes=1), [job]).values()
+        return outcome
+
+    return run
+
+
+def finish(executor: InProcessExecutor, jobs: Sequence[LaneJob]) -> dict[int, LaneOutcome]:
+    """Run all jobs, submitting the next whenever there is room; return outcomes by trial."""
+    waiting, outcomes = list(jobs), {}
+    while waiting or executor.busy:
+        while waiting and executor.free_slots:
+            executor.submit(waiting.pop(0))
+        for outcome in executor.wait():
+            assert outcome.trial not in outcomes
+            outcomes[outcome.trial] = outcome
+    return outcomes
+
+
+def assert_equal_losses(found: LaneOutcome, wanted: LaneOutcome, *, rtol: float = RTOL) -> None:
+    assert found.state is TrialState.COMPLETE
+    assert wanted.state is TrialState.COMPLETE
+    assert [p.step for p in found.points] == [p.step for p in wanted.points]
+    assert [p.num_tokens for p in found.points] == [p.num_tokens for p in wanted.points]
+    losses, expected = ([p.train_loss for p in o.points] for o in (found, wanted))
+    np.testing.assert_allclose(losses, expected, rtol=rtol)
+    assert found.evaluation is not None
+    assert wanted.evaluation is not None
+    assert found.evaluation.label_counts == wanted.evaluation.label_counts
+    np.testing.assert_allclose(found.evaluation.loss_sums, wanted.evaluation.loss_sums, rtol=rtol)
+
+
+def assert_equal_tensors(found: Path, wanted: Path, *, rtol: float) -> None:
+    tensors, expected = load_file(found), load_file(wanted)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=rtol, atol=1e-8)
+
+
+def test_every_job_comes_back_once_with_the_numbers_it_has_alone(executor_of, alone) -> None:
+    jobs = [make_job(0, steps=2), make_job(1, steps=5), make_job(2, steps=4), make_job(3, steps=1)]
+    outcomes = finish(executor_of(lanes=4), jobs)
+    assert list(outcomes) == [3, 0, 2, 1]  # a lane is done when it is done
+    for job in jobs:
+        outcome = outcomes[job.trial]
+        assert_equal_losses(outcome, alone(job))
+        assert [point.step for point in outcome.points] == list(range(1, job.end_step + 1))
+        assert outcome.num_tokens == sum(point.num_tokens for point in outcome.points)
+        assert (outcome.rung, outcome.reason, outcome.pack_lanes) == (0, "", 4)
+        assert outcome.peak_bytes > 0
+        assert outcome.wall_s > 0
+
+
+def test_training_lowers_the_loss(alone) -> None:
+    points = alone(make_job(0, steps=12)).points
+    assert points[-1].train_loss < points[0].train_loss - 0.05
+
+
+def test_a_freed_lane_is_refilled_without_changing_its_neighbours(executor_of, alone) -> None:
+    jobs = [make_job(0, steps=6), make_job(1, steps=2), make_job(2, steps=3), make_job(3, steps=2)]
+    outcomes = finish(executor_of(lanes=2), jobs)
+    assert list(outcomes) == [1, 2, 0, 3]
+    for job in jobs:
+        assert_equal_losses(outcomes[job.trial], alone(job))
+        assert outcomes[job.trial].pack_lanes == 2
+
+
+def test_slots_and_readings_follow_the_lanes(executor_of) -> None:
+    seen: list[tuple[tuple[int, int, int], ...]] = []
+    executor = executor_of(lanes=3)
+    executor.on_step = lambda: seen.append(
+        tuple((lane.trial, lane.step, lane.end_step) for lane in executor.readings())
+    )
+    assert (executor.free_slots, executor.busy, executor.wait()) == (3, False, [])
+    executor.submit(make_job(0, steps=1))
+    executor.submit(make_job(1, steps=2))
+    assert (executor.free_slots, executor.busy, executor.readings()) == (1, True, ())
+    [first] = executor.wait()
+    assert first.trial == 0
+    assert (executor.free_slots, executor.busy) == (2, True)
+    assert [lane.trial for lane in executor.readings()] == [1]
+    assert executor.readings()[0].train_loss is not None
+    executor.wait()
+    assert (executor.free_slots, executor.busy, executor.readings()) == (3, False, ())
+    assert seen == [((0, 1, 1), (1, 1, 2)), ((1, 2, 2),)]
+    assert executor.num_tokens > first.num_tokens
+
+
+# Diverging lanes.
+
+
+class PoisonedPack(TrialPack):
+    """Plants a NaN in the adapter of trial 0 when it joins."""
+
+    def new_lane(self, job: LaneJob) -> Lane:
+        lane = super().new_lane(job)
+        if job.trial == 0:
+            assert lane.adapter is not None
+            with torch.no_grad():
+                lane.adapter.parameters()[1][0, 0] = torch.nan
+        return lane
+
+
+def too_fast(job: LaneJob) -> LaneJob:
+    assert job.config is not None
+    # the final norm of a random model keeps its loss in bounds until the gradient itself overflows
+    return replace(job, config=replace(job.config, learning_rate=1e30))
+
+
+class ScriptedPack(TrialPack):
+    """Notes given training losses without computing any; the last one repeats."""
+
+    losses: Sequence[float] = (1.0,)
+
+    def train_step(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            loss = self.losses[min(lane.step, len(self.losses) - 1)]
+            step = lane.step + 1
+            lane.note_point(
+                Point(step=step, train_loss=loss, learning_rate=1e-4, grad_norm=1.0, num_tokens=5)
+            )
+
+
+@pytest.mark.parametrize("cause", ["learning rate", "planted NaN"])
+def test_a_diverging_lane_leaves_alone(executor_of, tmp_path: Path, cause: str) -> None:
+    jobs = [make_job(number, steps=8) for number in range(3)]
+    bad = replace(jobs[0], result_folder=tmp_path / "rung-0")
+    pack = TrialPack
+    if cause == "learning rate":
+        bad = too_fast(bad)
+    else:
+        pack = PoisonedPack
+    outcomes = finish(executor_of(lanes=3, pack=pack), [jobs[1], bad, jobs[2]])
+    assert next(iter(outcomes)) == 0  # it does not train to the end
+    lost = outcomes[0]
+    assert lost.state is TrialState.DIVERGED
+    assert lost.evaluation is None
+    assert lost.reason.startswith("loss ")
+    assert 1 <= len(lost.points) < 8
+    assert not bad.result_folder.exists()
+    without = finish(executor_of(lanes=3), [jobs[1], jobs[2]])
+    for trial in (1, 2):
+        # not bit by bit: a matrix product of other height may add in another order
+        assert_equal_losses(outcomes[trial], without[trial], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "last_step"),
+    [
+        ((2.0, 2.6, 2.6, 2.4, 2.6, 2.6, 2.6, 2.0), 7),  # the third in a row above 2.0 + 0.5
+        ((2.0, 9.0, 9.0, 2.5, 9.0, 9.0, 2.5, 1.9), 8),  # never three in a row
+    ],
+)
+def test_three_losses_in_a_row_far_above_the_first_end_a_lane(
+    executor_of, losses: tuple[float, ...], last_step: int
+) -> None:
+    class Scripted(ScriptedPack):
+        pass
+
+    Scripted.losses = losses
+    [outcome] = finish(executor_of(pack=Scripted), [make_job(0, steps=8)]).values()
+    assert len(outcome.points) == last_step
+    if last_step < 8:
+        assert outcome.state is TrialState.DIVERGED
+        assert outcome.reason == (
+            "loss 2.60 at step 7, more than 0.5 above the first (2.00) for 3 steps"
+        )
+    else:
+        assert outcome.state is TrialState.COMPLETE
+
+
+def test_a_lane_whose_evaluation_is_not_finite_has_diverged(executor_of, tmp_path: Path) -> None:
+    class SpoiledAtTheEnd(TrialPack):
+        def train_step(self, lanes: Sequence[Lane]) -> None:
+            super().train_step(lanes)
+            for lane in lanes:
+                if lane.finished:
+                    with torch.no_grad():
+                        lane.adapter.parameters()[1].fill_(torch.nan)
+
+    job = make_job(0, result_folder=tmp_path / "rung-0")
+    [outcome] = finish(executor_of(pack=SpoiledAtTheEnd), [job]).values()
+    assert outcome.state is TrialState.DIVERGED
+    assert outcome.reason == "evaluation loss nan at step 4"
+    assert not (tmp_path / "rung-0").exists()
+
+
+# Resuming.
+
+
+def test_resuming_from_a_published_lane_equals_not_stopping(alone, tmp_path: Path) -> None:
+    first = make_job(1, steps=6, hold_step=4, result_folder=tmp_path / "rung-0")
+    alone(first)
+    assert is_complete(tmp_path / "rung-0")
+    second = replace(
+        first,
+        rung=1,
+        start_step=4,
+        hold_step=8,
+        end_step=10,
+        start_folder=tmp_path / "rung-0",
+        result_folder=tmp_path / "rung-1",
+    )
+    resumed = alone(second)
+    whole = alone(
+        replace(second, start_step=0, start_folder=None, result_folder=tmp_path / "whole")
+    )
+    assert [point.step for point in resumed.points] == [5, 6, 7, 8, 9, 10]
+    wanted = replace(whole, points=whole.points[4:])
+    assert_equal_losses(resumed, wanted, rtol=1e-6)
+    assert [p.learning_rate for p in resumed.points] == [p.learning_rate for p in wanted.points]
+    for file in (WEIGHTS_FILE, STATE_FILE):
+        assert_equal_tensors(tmp_path / "rung-1" / file, tmp_path / "whole" / file, rtol=1e-6)
+
+
+def test_a_rung_that_begins_where_it_holds_leaves_its_state_too(alone, tmp_path: Path) -> None:
+    # rungs of 2, 3 and 4 steps with a cool-down of a fifth: the second holds where the first did
+    folders = [tmp_path / f"rung-{rung}" for rung in range(3)]
+    rungs = [(0, 2, 2, None), (2, 2, 3, folders[0]), (2, 3, 4, folders[1])]
+    for folder, (start, hold, end, begin) in zip(folders, rungs, strict=True):
+        job = make_job(1, start_step=start, hold_step=hold, end_step=end, start_folder=begin)
+        outcome = alone(replace(job, result_folder=folder))
+        assert [point.step for point in outcome.points] == list(range(start + 1, end + 1))
+    alone(make_job(1, hold_step=3, end_step=4, result_folder=tmp_path / "whole"))
+    assert_equal_tensors(folders[2] / WEIGHTS_FILE, tmp_path / "whole" / WEIGHTS_FILE, rtol=1e-6)
+
+
+# Out of memory.
+
+
+def small_memory(most: int, where: str) -> type[TrialPack]:
+    """Return a pack that runs out of memory, half-way, with more than ``most`` lanes at once."""
+
+    class SmallMemory(TrialPack):
+        alive: list[Lane] = []  # noqa: RUF012
+
+        def new_lane(self, job: LaneJob) -> Lane:
+            lane = super().new_lane(job)
+            self.alive = [other for other in self.alive if not other.finished]
+            if where == "joining" and len(self.alive) >= most:
+                self.alive = []
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            self.alive.append(lane)
+            return lane
+
+        def train_step(self, lanes: Sequence[Lane]) -> None:
+            super().train_step(lanes)
+            if where == "training" and len(lanes) > most and lanes[0].step > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        def evaluate(
+            self, adapters: Sequence[LaneAdapter | None], rows: Any, *, split: str
+        ) -> list[EvalResult]:
+            if where == "evaluation" and len(adapters) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().evaluate(adapters, rows, split=split)
+
+    return SmallMemory
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("where", ["joining", "training", "evaluation"])
+def test_a_pack_too_large_for_the_memory_is_halved_and_all_lanes_finish(
+    executor_of, alone, where: str, most: int
+) -> None:
+    jobs = [make_job(number, steps=3) for number in range(4)]
+    executor = executor_of(lanes=4, pack=small_memory(most, where))
+    outcomes = finish(executor, jobs)
+    assert sorted(outcomes) == [0, 1, 2, 3]
+    lanes = most + 1 if where == "joining" else 4
+    while lanes > most:
+        lanes //= 2
+    assert executor.max_lanes == lanes
+    for job in jobs:
+        assert_equal_losses(outcomes[job.trial], alone(job))
+        assert outcomes[job.trial].pack_lanes <= most or where == "evaluation"
+
+
+def test_a_neighbour_that_cannot_join_does_not_cost_a_lone_lane_its_trial(
+    executor_of, alone
+) -> None:
+    jobs = [make_job(0, steps=3), make_job(1, steps=3)]
+    outcomes = finish(executor_of(lanes=2, pack=small_memory(1, "joining")), jobs)
+    for job in jobs:
+        assert_equal_losses(outcomes[job.trial], alone(job))
+
+
+@pytest.mark.parametrize("where", ["joining", "training"])
+def test_a_lane_that_does_not_fit_alone_is_infeasible(executor_of, where: str) -> None:
+    executor = executor_of(lanes=1, pack=small_memory(0, where))
+    [outcome] = finish(executor, [make_job(0)]).values()
+    assert outcome.state is TrialState.INFEASIBLE
+    assert outcome.reason.startswith("out of memory as the only lane, at step")
+    assert outcome.peak_bytes > 0
+    assert outcome.evaluation is None
+    assert not executor.busy
+
+
+def test_one_lane_too_large_does_not_stop_the_others(executor_of, alone) -> None:
+    class TooSmallForRank16(TrialPack):
+        def train_step(self, lanes: Sequence[Lane]) -> None:
+            if any(lane.job.config.rank == 16 for lane in lanes):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            super().train_step(lanes)
+
+    jobs = [make_job(number, steps=3) for number in range(4)]
+    outcomes = finish(executor_of(lanes=4, pack=TooSmallForRank16), jobs)
+    assert outcomes[1].state is TrialState.INFEASIBLE
+    for job in (jobs[0], jobs[2], jobs[3]):
+        assert_equal_losses(outcomes[job.trial], alone(job))
+
+
+def test_lanes_are_freed_before_they_are_tried_again(executor_of, base: BaseModel) -> None:
+    held_at_join: list[int] = []
+
+    class Watched(small_memory(1, "training")):  # type: ignore[misc]
+        def new_lane(self, job: LaneJob) -> Lane:
+            held_at_join.append(sum(adapter is not None for adapter in base.layout.adapters))
+            return super().new_lane(job)
+
+    base.layout.adapters = ()
+    finish(executor_of(lanes=2, pack=Watched), [make_job(0, steps=3), make_job(1, steps=3)])
+    assert held_at_join[:3] == [0, 0, 0]  # two that join, and the first of them again
+
+
+def test_an_error_that_is_not_about_memory_is_not_swallowed(executor_of) -> None:
+    class Broken(TrialPack):
+        def train_step(self, lanes: Sequence[Lane]) -> None:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        finish(executor_of(pack=Broken), [make_job(0)])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 7.79 GiB total)"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA driver error: out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed"),
+        RuntimeError("HIP out of memory. Tried to allocate 1.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to 8e12"),
+        MemoryError(),
+        RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "),
+    ],
+    ids=lambda error: f"{type(error).__name__}: {str(error)[:40]}",
+)  # fmt: skip
+def test_every_form_of_running_out_of_memory_is_recognised(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shape mismatch"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        ValueError("the story of a man who ran out of memory"),
+        KeyboardInterrupt(),
+        OSError(28, "No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_are_not_about_memory(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+# Evaluation only, and what is published.
+
+
+def test_the_untuned_base_is_only_evaluated(executor_of, base: BaseModel, splits) -> None:
+    job = make_job(0, config=None, end_step=0, hold_step=0)
+    [outcome] = finish(executor_of(), [job]).values()
+    assert (outcome.state, outcome.points) == (TrialState.COMPLETE, ())
+    expected = model_losses(base.model, splits["selection"])
+    base_losses = outcome.evaluation.loss_sums
+    np.testing.assert_allclose(base_losses, expected, rtol=RTOL)
+
+
+def test_a_published_adapter_scores_again_what_it_scored(executor_of, alone, tmp_path) -> None:
+    trained = alone(make_job(2, result_folder=tmp_path / "rung-0"))
+    again = make_job(2, start_step=4, start_folder=tmp_path / "rung-0")
+    other = replace(again, trial=3, config=None, start_folder=None, eval_split="confirmation")
+    outcomes = finish(executor_of(), [again, other])
+    assert outcomes[2].evaluation == trained.evaluation
+    assert outcomes[3].evaluation.split == "confirmation"
+    assert len(outcomes[3].evaluation.loss_sums) == 7
+
+
+def test_float32_evaluation_of_a_bfloat16_study_leaves_the_training_type(
+    executor_of, alone, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rough = load_base_model(tiny_llama, quantization="none", compute_dtype="bfloat16", device="cpu")
+    before = {name: weight.clone() for name, weight in rough.model.named_parameters()}
+    job = make_job(0, config=None, end_step=0, hold_step=0)
+    executor = executor_of(lanes=1, on=rough)
+    fine = finish(executor, [replace(job, eval_dtype="float32")])[0].evaluation
+    coarse = finish(executor, [job])[0].evaluation
+    assert (fine.compute_dtype, coarse.compute_dtype) == ("float32", "bfloat16")
+    assert rough.compute_dtype is torch.bfloat16
+    for name, weight in rough.model.named_parameters():
+        assert torch.equal(weight, before[name])
+    assert fine.loss_sums != coarse.loss_sums
+    np.testing.assert_allclose(fine.mean_loss, coarse.mean_loss, rtol=2e-2)
+
+
+def model_losses(model: torch.nn.Module, rows: Sequence[TokenizedRow]) -> list[float]:
+    """Return each row's summed loss from the model's own logits, one row at a time."""
+    sums = []
+    with torch.no_grad():
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0]
+            targets = torch.tensor(row.labels[1:])
+            losses = torch.nn.functional.cross_entropy(
+                logits[:-1].float(), targets, ignore_index=-100, reduction="sum"
+            )
+            sums.append(float(losses))
+    return sums
+
+
+@pytest.mark.parametrize("trial", [0, 1, 2])
+def test_peft_loads_what_a_rung_published_and_finds_the_same_losses(
+    executor_of, base: BaseModel, splits, tiny_llama: Path, tmp_path: Path, trial: int
+) -> None:
+    import peft
+    import transformers
+
+    folder = tmp_path / "rung-0"
+    jobs = [make_job(number, steps=5) for number in range(3)]
+    jobs[trial] = replace(jobs[trial], result_folder=folder)
+    outcome = finish(executor_of(lanes=3), jobs)[trial]
+    assert is_complete(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tuned = peft.PeftModel.from_pretrained(model, folder).eval()
+    found = model_losses(tuned, splits["selection"])
+    np.testing.assert_allclose(outcome.evaluation.loss_sums, found, rtol=RTOL)
+    base.layout.adapters = ()
+    untuned = model_losses(base.model, splits["selection"])
+    assert np.abs(np.subtract(found, untuned)).max() > 0.05  # the adapter does something
+
+
+def test_long_segments_keep_evenly_spaced_readings_and_the_last(executor_of) -> None:
+    job = make_job(0, steps=2 * MAX_POINTS + 50)
+    [outcome] = finish(executor_of(pack=ScriptedPack), [job]).values()
+    steps = [point.step for point in outcome.points]
+    assert len(steps) <= MAX_POINTS
+    assert steps[-1] == job.end_step
+    assert len(set(np.diff(steps))) == 1
+    assert outcome.num_tokens == 5 * job.end_step  # thinned readings lose no token
