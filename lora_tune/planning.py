@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from lora_tune.data import prepare_data
-from lora_tune.engine.base import BaseModel, load_base_model, read_meta_model
+from lora_tune.engine.base import DTYPES, BaseModel, load_base_model, read_meta_model
 from lora_tune.engine.convert import converted_folder
 from lora_tune.engine.pack import PackSettings
 from lora_tune.engine.probe import fastest_compute_dtype, worthwhile_lanes
@@ -207,22 +207,27 @@ def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, grouped: bool) -
 
 
 def load_base(inputs: Inputs, lock: StudyLock | None) -> BaseModel:
-    """Load the base in the type of the plan; undecided, in the one that needs more memory."""
-    if lock is not None:
-        dtype = lock.plan.compute_dtype
-    elif inputs.spec.model.compute_dtype != "auto":
+    """Load the base, always from the same type, and compute in the one that the study settled on.
+
+    Undecided, on a CPU, it is float32, which needs more memory; quantizing from another type on resume
+    could give other 4-bit weights.
+    """
+    if inputs.spec.model.compute_dtype != "auto":
         dtype = inputs.spec.model.compute_dtype
     elif inputs.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype = "bfloat16"
     else:
         dtype = "float32"
-    return load_base_model(
+    base = load_base_model(
         inputs.folder,
         quantization=inputs.spec.model.quantization,
         compute_dtype=dtype,
         device=inputs.device,
         check_rows=inputs.data.train,
     )
+    if lock is not None:
+        base.set_compute_dtype(DTYPES[lock.plan.compute_dtype])
+    return base
 
 
 def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:

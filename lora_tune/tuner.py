@@ -126,6 +126,7 @@ def _search_and_confirm(
     confirmation = store.load_confirmation()
     if confirmation is None or confirmation.winner != winner.number:
         progress.phase = "confirmation"
+        progress.show()
         confirmation = confirm(winner, executor, lock, store, dtype=_confirmation_dtype(inputs))
         store.save_confirmation(confirmation)
     store.save_runtime(elapsed())

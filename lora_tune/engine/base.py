@@ -41,6 +41,7 @@ class BaseModel:
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False
+        self._originals: dict[nn.Parameter, Tensor] = {}
         self.set_compute_dtype(compute_dtype)
 
     @property
@@ -57,7 +58,8 @@ class BaseModel:
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Compute in ``dtype`` from now on; quantized weights stay as they are.
 
-        Parameters that are not quantized are cast, which is exact from bfloat16 to float32 and back.
+        Parameters that are not quantized are cast. Where that loses digits, the original is kept, so
+        that computing in the wider type again is exact.
         """
         self._compute_dtype = dtype
         for module in self.model.modules():
@@ -71,7 +73,10 @@ class BaseModel:
                 continue
             for parameter in module.parameters(recurse=False):
                 if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit):
-                    parameter.data = parameter.data.to(dtype)
+                    exact = self._originals.pop(parameter, parameter.data)
+                    parameter.data = exact.to(dtype)
+                    if not torch.equal(parameter.data.to(exact.dtype), exact):
+                        self._originals[parameter] = exact
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Keep only each decoder layer's input for backward, or everything.

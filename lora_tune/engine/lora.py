@@ -110,23 +110,26 @@ class PackedLinear(nn.Module):
             deltas = self._grouped_deltas(x_BTI, lanes)
         else:
             deltas = {k: self._delta(x_BTI[layout.rows[k]], k) for k in lanes}
-        if len(layout.rows) == 1:
-            return (out_BTO + deltas[0]).reshape(out.shape)
         parts = [
-            out_BTO[rows] + deltas[k] if k in deltas else out_BTO[rows]
+            deltas[k] if k in deltas else torch.zeros_like(out_BTO[rows])
             for k, rows in enumerate(layout.rows)
         ]
-        return torch.cat(parts).reshape(out.shape)
+        delta_BTO = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (out_BTO + delta_BTO).reshape(out.shape)
 
     def _delta(self, x_BTI: Tensor, lane: int) -> Tensor:
         adapter = self.layout.adapters[lane]
         assert adapter is not None
         a_RI, b_OR = adapter.weights[self.name]
         mask, keep = self._mask(x_BTI, lane)
-        delta: Tensor = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
-            x_BTI, a_RI.to(x_BTI.dtype), b_OR.to(x_BTI.dtype), mask, adapter.config.scaling / keep
+        delta_NO: Tensor = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
+            x_BTI.flatten(0, 1),
+            a_RI.to(x_BTI.dtype),
+            b_OR.to(x_BTI.dtype),
+            None if mask is None else mask.flatten(0, 1),
+            adapter.config.scaling / keep,
         )
-        return delta
+        return delta_NO.reshape(*x_BTI.shape[:2], -1)
 
     def _grouped_deltas(self, x_BTI: Tensor, lanes: list[int]) -> dict[int, Tensor]:
         layout = self.layout
@@ -185,9 +188,9 @@ class PackedLinear(nn.Module):
 class _LowRankProduct(torch.autograd.Function):
     """``scaling * (mask * x) @ A.T @ B.T`` and its exact gradients, for one lane or a group.
 
-    Works on x of shape (B, T, I) with 2-D matrices (one lane) and on (K, N, I) with 3-D ones.
-    Keeps x itself, which the neighbouring layers share, the one-byte mask and the rank-R product;
-    the masked input is made again in backward.
+    One lane: x (N, I), A (R, I), B (O, R); a group: the same with K in front. Keeps x itself, which the
+    neighbouring layers share, the one-byte mask and the rank-R product; the masked input is made again
+    in backward. The scaling goes to the rank-R side, the smallest of all tensors here.
     """
 
     @staticmethod
@@ -200,29 +203,24 @@ class _LowRankProduct(torch.autograd.Function):
         scaling: float | Tensor,
     ) -> Tensor:
         kept = x if mask is None else x * mask
-        low = kept @ a.mT
+        low = (kept @ a.mT) * scaling
         ctx.save_for_backward(x, a, b, low, mask)  # type: ignore[arg-type]
         ctx.scaling = scaling  # type: ignore[attr-defined]
-        return (low @ b.mT) * scaling
+        return low @ b.mT
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, a, b, low, mask = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_out = grads[0] * ctx.scaling  # type: ignore[attr-defined]
-        grad_low = grad_out @ b
+        grad_low = (grads[0] @ b) * ctx.scaling  # type: ignore[attr-defined]
         kept = x if mask is None else x * mask
-        grad_a = grad_low.mT @ kept
-        grad_b = grad_out.mT @ low
-        if a.dim() == 2:  # one lane: the rows of the lane add up
-            grad_a, grad_b = grad_a.sum(0), grad_b.sum(0)
         grad_x = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             grad_x = grad_low @ a
             if mask is not None:
                 grad_x = grad_x * mask
-        return grad_x, grad_a, grad_b, None, None
+        return grad_x, grad_low.mT @ kept, grads[0].mT @ low, None, None
 
 
 def dropout_mask(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:

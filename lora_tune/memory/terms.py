@@ -257,20 +257,20 @@ def forward_work_bytes(
     """Return the working space when the last linear layer of a decoder layer runs.
 
     Residual, norm and output tensors, ``5*e*h`` per token (``6*e*h`` with several lanes, whose
-    outputs are put together, ``7*e*h`` in a grouped product), in 16 bit ``6h`` more in the first
+    shares are put together), in 16 bit ``6h`` more in the first
     forward for what the norms cast; the MLP's product unless its adapter keeps it; with dropout its
     masked copy, one lane at a time or all at once in a grouped product, which also has the masks
     twice. Traced.
     """
     h, f = shape.hidden, shape.intermediate
-    grouped = down is not None and down.grouped
-    work = (7 if grouped else 6 if tokens > lane_tokens else 5) * e * h * tokens
+    work = (6 if tokens > lane_tokens else 5) * e * h * tokens
     if e < 4 and not recomputed:
         work += 6 * h * tokens
     if down is None or down.grouped:
         work += e * f * tokens
     if down is not None and any(down.dropouts):
-        work += (e * f + f) * tokens if down.grouped else e * f * lane_tokens
+        grouped_tokens = down.num_lanes * lane_tokens
+        work += (e * f + f) * grouped_tokens if down.grouped else e * f * lane_tokens
     return work
 
 
@@ -284,8 +284,8 @@ def backward_work_bytes(
     * the product gate * up: three tensors of width f, when what the adapter of down_proj kept is
       gone;
     * down_proj with an adapter: the gradients through the base and through the adapter and their
-      sum, ``3*e*f``, and the scaled gradient of its output, ``e*h``. In a grouped product with
-      dropout also the masked input, ``e*f``. Alone and without dropout this is never the wider one.
+      sum, ``3*e*f``. In a grouped product with dropout also the masked input, ``e*f``. Alone and
+      without dropout this is never the wider one.
       Lanes end one by one: all masks but the last lane's are gone.
 
     Traced; the order of the two branches at down_proj is autograd's.
@@ -301,9 +301,9 @@ def backward_work_bytes(
     dropped = sum(p > 0 for p in down.dropouts)
     if not dropped and tokens == lane_tokens:
         return at_product - kept
-    at_down = (3 * e * f + e * h) * tokens
+    at_down = 3 * e * f * tokens
     if down.grouped:
-        at_down += (e * f - f) * tokens if dropped else 0
+        at_down += (e * f - f) * down.num_lanes * lane_tokens if dropped else 0
     else:
         at_down -= f * lane_tokens * max(0, dropped - 1)
     return max(at_product - kept, at_down)
