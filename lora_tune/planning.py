@@ -68,6 +68,14 @@ class Inputs(NamedTuple):
     notes: list[str]
 
 
+class Draft(NamedTuple):
+    """What the memory estimate decides before the base is loaded."""
+
+    target_sets: tuple[TargetSet, ...]
+    plan: LanePlan
+    notes: tuple[str, ...]
+
+
 def read_inputs(spec: StudySpec, *, base_dir: Path) -> Inputs:
     """Find and check model, data and target sets; nothing is written but the model cache."""
     device = _choose_device(spec.run.device)
@@ -94,6 +102,11 @@ def read_inputs(spec: StudySpec, *, base_dir: Path) -> Inputs:
         set_notes.append(
             f"the memory estimate of {config.model_type} models is an approximation from their linear layers."
         )
+    if files.gguf is not None and files.hub_id is not None:
+        set_notes.append(
+            f"the base comes from {files.gguf.name}: its weights were quantized once already and differ "
+            f"slightly from those of {files.hub_id}."
+        )
     return Inputs(
         spec=spec,
         files=files,
@@ -106,23 +119,26 @@ def read_inputs(spec: StudySpec, *, base_dir: Path) -> Inputs:
     )
 
 
-def make_lock(
-    inputs: Inputs, base: BaseModel, *, command: str, study_file: Path, note: Note
-) -> StudyLock:
-    """Resolve and measure what the whole study will keep to."""
-    spec, data = inputs.spec, inputs.data
-    total_steps = _total_steps(spec, len(data.train))
-    rungs = rung_steps(
-        spec.search.rungs, total_steps=total_steps, min_steps=spec.search.min_rung_steps
-    )
+def draft_plan(inputs: Inputs) -> Draft:
+    """Decide from the estimate alone, before the base is loaded, what fits and how it trains.
+
+    Raises:
+        InfeasibleError: Nothing of the space fits.
+        StudyFileError: ``memory.gpu`` names no GPU.
+    """
+    spec = inputs.spec
     budget = resolve_budget(
-        spec.memory.gpu, safety=spec.memory.safety, free_bytes=_free_bytes(inputs.device, base)
+        spec.memory.gpu, safety=spec.memory.safety, free_bytes=_free_bytes(inputs.device)
     )
     grouped = inputs.device == "cuda"
-    dtype = str(base.compute_dtype).removeprefix("torch.")
+    dtype = _load_dtype(inputs)
     gate = make_gate(inputs, dtype, budget, grouped=grouped)
     target_sets, notes = gate.target_sets(inputs.modules)
     pack_plan = gate.pack_plan(target_sets)
+    if spec.run.lanes != "auto" and pack_plan.most_lanes < spec.run.lanes:
+        notes.append(
+            f"run.lanes is lowered from {spec.run.lanes} to {pack_plan.most_lanes}: more do not fit."
+        )
     plan = LanePlan(
         compute_dtype=dtype,
         device=inputs.device,
@@ -132,9 +148,19 @@ def make_lock(
         grouped=grouped,
         budget_bytes=budget,
     )
-    plan = _measure(plan, inputs, base, target_sets, note)
-    for sentence in notes:
-        note(sentence)
+    return Draft(target_sets, plan, tuple(notes))
+
+
+def make_lock(
+    inputs: Inputs, base: BaseModel, draft: Draft, *, command: str, study_file: Path, note: Note
+) -> StudyLock:
+    """Settle the draft by measurement and return what the whole study will keep to."""
+    spec, data = inputs.spec, inputs.data
+    total_steps = _total_steps(spec, len(data.train))
+    rungs = rung_steps(
+        spec.search.rungs, total_steps=total_steps, min_steps=spec.search.min_rung_steps
+    )
+    plan = _measure(draft.plan, inputs, base, draft.target_sets, note)
     return StudyLock(
         name=spec.study.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -144,13 +170,13 @@ def make_lock(
         spec_sha256=_spec_hash(spec),
         model=_identity(inputs, base),
         data=data.fingerprint,
-        notes=(*inputs.notes, *notes),
+        notes=(*inputs.notes, *draft.notes),
         versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         hardware=_hardware(inputs.device),
         plan=plan,
         rungs=rungs,
         warmup_steps=min(MOST_WARMUP_STEPS, round(spec.train.warmup_ratio * total_steps)),
-        target_sets=target_sets,
+        target_sets=draft.target_sets,
     )
 
 
@@ -212,22 +238,24 @@ def load_base(inputs: Inputs, lock: StudyLock | None) -> BaseModel:
     Undecided, on a CPU, it is float32, which needs more memory; quantizing from another type on resume
     could give other 4-bit weights.
     """
-    if inputs.spec.model.compute_dtype != "auto":
-        dtype = inputs.spec.model.compute_dtype
-    elif inputs.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype = "bfloat16"
-    else:
-        dtype = "float32"
     base = load_base_model(
         inputs.folder,
         quantization=inputs.spec.model.quantization,
-        compute_dtype=dtype,
+        compute_dtype=_load_dtype(inputs),
         device=inputs.device,
         check_rows=inputs.data.train,
     )
     if lock is not None:
         base.set_compute_dtype(DTYPES[lock.plan.compute_dtype])
     return base
+
+
+def _load_dtype(inputs: Inputs) -> str:
+    if inputs.spec.model.compute_dtype != "auto":
+        return inputs.spec.model.compute_dtype
+    if inputs.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
 
 def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:
@@ -272,11 +300,11 @@ def _choose_device(wanted: str) -> str:
     return "cpu"
 
 
-def _free_bytes(device: str, base: BaseModel) -> int:
-    """Return what may be used in all: what is free now, and what the loaded base already takes."""
+def _free_bytes(device: str) -> int:
+    """Return what the base and the lanes may use together: what is free before the base is loaded."""
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0]) + base.weight_bytes()
-    return int(psutil.virtual_memory().available) + base.weight_bytes()
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _library_bytes(device: str) -> int:

@@ -19,6 +19,7 @@ from lora_tune.executors.interface import Executor
 from lora_tune.files import publish_folder, write_text
 from lora_tune.planning import (
     Inputs,
+    draft_plan,
     load_base,
     make_gate,
     make_lock,
@@ -82,8 +83,13 @@ def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) ->
         view.note(note)
     with store.owned():
         lock = store.load_lock()
+        draft = None
         if lock is not None:
             _check_unchanged(spec, inputs, lock)
+        else:
+            draft = draft_plan(inputs)
+            for note in draft.notes:
+                view.note(note)
         earlier_s = store.load_runtime()
 
         def elapsed() -> float:
@@ -91,7 +97,10 @@ def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) ->
 
         base = load_base(inputs, lock)
         if lock is None:
-            lock = make_lock(inputs, base, command=command, study_file=study_file, note=view.note)
+            assert draft is not None
+            lock = make_lock(
+                inputs, base, draft, command=command, study_file=study_file, note=view.note
+            )
             store.save_lock(lock)
             write_text(store.path / STUDY_FILE, study_file.read_text(encoding="utf-8"))
         try:

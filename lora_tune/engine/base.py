@@ -134,19 +134,11 @@ def load_base_model(
         ModelError: The files cannot be loaded, or the model's head is more than a linear layer.
     """
     dtype = DTYPES[compute_dtype]
-    quantizer = None
-    if quantization == "nf4":
-        quantizer = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=quantizer,
+            quantization_config=quantization_config(quantization, dtype),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -158,6 +150,20 @@ def load_base_model(
     if check_rows:
         _check_head(base, check_rows[:2])
     return base
+
+
+def quantization_config(
+    quantization: str, dtype: torch.dtype
+) -> transformers.BitsAndBytesConfig | None:
+    """Return transformers' settings for ``nf4`` (with double quantization); None for ``none``."""
+    if quantization == "none":
+        return None
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def linear_shapes(model: nn.Module) -> tuple[LinearShape, ...]:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from lora_tune.engine.adapter_files import peft_config
-from lora_tune.engine.base import DTYPES
+from lora_tune.engine.base import DTYPES, quantization_config
 from lora_tune.engine.batches import rows_of_step
 from lora_tune.engine.lora import keyed_seed
 from lora_tune.engine.schedule import learning_rate_at
@@ -70,16 +70,11 @@ class ReferenceTrial:
         self.max_grad_norm = max_grad_norm
         self.clock = {"step": 0, "micro": 0}
         dtype = DTYPES[compute_dtype]
-        quantizer = None
-        if quantization == "nf4":
-            quantizer = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
         base = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantizer, device_map={"": device}
+            folder,
+            dtype=dtype,
+            quantization_config=quantization_config(quantization, dtype),
+            device_map={"": device},
         )
         for module in base.modules():
             if isinstance(module, bnb.nn.Linear4bit):
