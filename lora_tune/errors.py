@@ -9,7 +9,7 @@ Anything that is not a ``LoraTuneError`` is a bug and keeps its traceback (exit 
     |-- StoreError           4  the study folder is unreadable, damaged or owned by another process
     |-- InfeasibleError      5  no configuration fits the memory
     |-- AllTrialsFailedError 6  nothing to recommend
-    |-- MachineError     7  no CUDA although there is a GPU, disk full, missing package
+    |-- MachineError     7  the machine lacks what the study needs: a GPU that torch can use
     `-- ModelError           8  the base model cannot be found, read or used
 
 A message says where, what was seen, what is allowed and what to do.

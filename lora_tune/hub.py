@@ -97,6 +97,7 @@ def _snapshot(base: str, revision: str | None) -> ModelFiles:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -116,6 +117,8 @@ def _snapshot(base: str, revision: str | None) -> ModelFiles:
             f'model.base "{base}" is not on the hub (or is private: run `hf auth login`)'
             f"{nearest(base, CATALOG_MODELS) or '.'} Catalogue names: {', '.join(sorted(CATALOG_MODELS))}."
         ) from error
+    except HFValidationError as error:
+        raise ModelError(f'model.base "{base}" is no valid hub id: {error}') from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ModelError(
             f'model.base "{base}" is not in the local hub cache and the hub cannot be reached '

@@ -24,7 +24,7 @@ from lora_tune.engine.base import DTYPES, BaseModel, load_base_model, read_meta_
 from lora_tune.engine.convert import converted_folder
 from lora_tune.engine.pack import PackSettings
 from lora_tune.engine.probe import fastest_compute_dtype, worthwhile_lanes
-from lora_tune.errors import MachineError, ModelError
+from lora_tune.errors import MachineError, ModelError, StudyFileError
 from lora_tune.hub import ModelFiles, find_model
 from lora_tune.memory.fit import resolve_budget
 from lora_tune.memory.shape import COVERED, ModelShape
@@ -76,10 +76,21 @@ class Draft(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_inputs(spec: StudySpec, *, base_dir: Path) -> Inputs:
-    """Find and check model, data and target sets; nothing is written but the model cache."""
+def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> Inputs:
+    """Find and check model, data and target sets; nothing is written but the model cache.
+
+    A study that has begun keeps to the device and the hub revision of its ``lock``.
+    """
     device = _choose_device(spec.run.device)
-    files = find_model(spec.model.base, revision=spec.model.revision, base_dir=base_dir)
+    revision = spec.model.revision
+    if lock is not None:
+        revision = lock.model.revision
+        if device != lock.plan.device:
+            raise MachineError(
+                f"the study {lock.name} began on {lock.plan.device}, this machine offers {device}. Go on "
+                "where it began, or give the study another name (study.name)."
+            )
+    files = find_model(spec.model.base, revision=revision, base_dir=base_dir)
     folder = files.folder if files.folder is not None else converted_folder(_gguf(files))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -89,8 +100,9 @@ def read_inputs(spec: StudySpec, *, base_dir: Path) -> Inputs:
             folder, trust_remote_code=False, local_files_only=True
         )
         meta = read_meta_model(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f'model.base "{spec.model.base}": {_first_line(error)}') from error
+    _check_config(spec, config)
     modules, set_notes = resolve_sets(
         spec.space, model_type=config.model_type, linears=[linear.name for linear in meta.linears]
     )
@@ -167,7 +179,7 @@ def make_lock(
         command=command,
         study_file=str(study_file),
         spec=spec.model_dump(mode="json"),
-        spec_sha256=_spec_hash(spec),
+        spec_sha256=spec_hash(spec),
         model=_identity(inputs, base),
         data=data.fingerprint,
         notes=(*inputs.notes, *draft.notes),
@@ -269,7 +281,8 @@ def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:
     )
 
 
-def _spec_hash(spec: StudySpec) -> str:
+def spec_hash(spec: StudySpec) -> str:
+    """Return the SHA-256 of the resolved study file."""
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
 
 
@@ -318,7 +331,7 @@ def _hardware(device: str) -> dict[str, str]:
     found = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(os.cpu_count()),
         "host_memory_bytes": str(psutil.virtual_memory().total),
         "device": device,
     }
@@ -358,4 +371,24 @@ def _gguf(files: ModelFiles) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_config(spec: StudySpec, config: transformers.PretrainedConfig) -> None:
+    """Refuse what would train wrongly without a word."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f'model.base "{spec.model.base}" is quantized already. Give the unquantized model; '
+            "model.quantization makes it NF4."
+        )
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if any((getattr(config, key, None) or 0) > 1 for key in experts):
+        raise ModelError(
+            f'model.base "{spec.model.base}" is a mixture of experts, which cannot be packed yet.'
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and spec.data.max_length > longest:
+        raise StudyFileError(
+            f"data.max_length is {spec.data.max_length}, but {config.model_type} models of this size "
+            f"have {longest} positions. Write {longest} or less."
+        )

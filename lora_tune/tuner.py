@@ -25,6 +25,7 @@ from lora_tune.planning import (
     make_lock,
     pack_settings,
     read_inputs,
+    spec_hash,
 )
 from lora_tune.records import (
     Confirmation,
@@ -34,6 +35,7 @@ from lora_tune.records import (
     StudySnapshot,
     TrialConfig,
     TrialRecord,
+    TrialState,
 )
 from lora_tune.report import model_card, write_reports
 from lora_tune.search.anchors import make_anchors
@@ -78,14 +80,22 @@ def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) ->
     quiet_transformers()
     began = time.monotonic()
     store = StudyFolder(Path(spec.study.output) / spec.study.name)
-    inputs = read_inputs(spec, base_dir=study_file.parent)
+    lock = store.load_lock()
+    if lock is not None:
+        _check_unchanged(spec, lock)
+    inputs = read_inputs(spec, base_dir=study_file.parent, lock=lock)
     for note in inputs.notes:
         view.note(note)
     with store.owned():
         lock = store.load_lock()
         draft = None
         if lock is not None:
-            _check_unchanged(spec, inputs, lock)
+            _check_same_rows(inputs, lock)
+            if _is_finished(store, spec):
+                return store.snapshot()
+            # a raised budget belongs to the record
+            lock = replace(lock, spec=spec.model_dump(mode="json"), spec_sha256=spec_hash(spec))
+            store.save_lock(lock)
         else:
             draft = draft_plan(inputs)
             for note in draft.notes:
@@ -140,6 +150,17 @@ def _search_and_confirm(
         store.save_confirmation(confirmation)
     store.save_runtime(elapsed())
     _publish_adapter(store, winner, lock)
+
+
+def _is_finished(store: StudyFolder, spec: StudySpec) -> bool:
+    """Return whether there is nothing left to do: all trials ended, the winner confirmed and published."""
+    trials = store.load_trials()
+    return (
+        store.load_confirmation() is not None
+        and (store.path / ADAPTER_FOLDER / WEIGHTS_FILE).is_file()
+        and len(trials) >= spec.search.trials
+        and all(trial.state is not TrialState.RUNNING for trial in trials)
+    )
 
 
 def search(ladder: Ladder, executor: Executor, *, told: Callable[[], None]) -> None:
@@ -257,8 +278,8 @@ def _publish_adapter(store: StudyFolder, winner: TrialRecord, lock: StudyLock) -
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _check_unchanged(spec: StudySpec, inputs: Inputs, lock: StudyLock) -> None:
-    """Refuse to go on with other settings or other data than the study began with."""
+def _check_unchanged(spec: StudySpec, lock: StudyLock) -> None:
+    """Refuse to go on with other settings than the study began with."""
     before, now = _flat(lock.spec), _flat(spec.model_dump(mode="json"))
     changed = [key for key in now if now[key] != before.get(key) and key not in CHANGEABLE]
     if changed:
@@ -269,9 +290,12 @@ def _check_unchanged(spec: StudySpec, inputs: Inputs, lock: StudyLock) -> None:
             + "\nOnly search.trials and search.max_hours may change. Change it back, or give the study "
             "another name (study.name)."
         )
+
+
+def _check_same_rows(inputs: Inputs, lock: StudyLock) -> None:
     if inputs.data.fingerprint.sha256 != lock.data.sha256:
         raise DataError(
-            f"{spec.data.train}: the rows differ from those that {lock.name} began with. Bring them "
+            f"{inputs.spec.data.train}: the rows differ from those that {lock.name} began with. Bring them "
             "back, or give the study another name (study.name)."
         )
 

@@ -97,21 +97,6 @@ class BaseModel:
         hidden: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
         return hidden
 
-    def weight_bytes(self) -> int:
-        """Return the bytes of all distinct tensors of the base, quantization state included."""
-        seen = {}
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                tensors = [parameter.data]
-                if isinstance(parameter, bnb.nn.Params4bit):
-                    state = parameter.quant_state
-                    tensors += [state.absmax, state.code]
-                    if state.nested:
-                        tensors += [state.offset, state.state2.absmax, state.state2.code]
-                for tensor in tensors:
-                    seen[tensor.data_ptr()] = tensor.nbytes
-        return sum(seen.values())
-
 
 def load_base_model(
     folder: Path,
@@ -148,7 +133,7 @@ def load_base_model(
         raise ModelError(f"{folder}: the base model cannot be loaded ({error})") from error
     base = BaseModel(model, compute_dtype=dtype)
     if check_rows:
-        _check_head(base, check_rows[:2])
+        _check_head(base, min(check_rows, key=lambda row: len(row.input_ids)))
     return base
 
 
@@ -203,12 +188,12 @@ def _in_out(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _check_head(base: BaseModel, rows: Sequence[TokenizedRow]) -> None:
+def _check_head(base: BaseModel, row: TokenizedRow) -> None:
     from lora_tune.engine.batches import collate
     from lora_tune.engine.loss import label_losses
 
-    batch = collate(rows, base.device)
-    base.layout.adapters, base.layout.rows = (None,), (slice(0, len(rows)),)
+    batch = collate([row], base.device)
+    base.layout.adapters, base.layout.rows = (None,), (slice(0, 1),)
     with torch.no_grad():
         hidden = base.hidden_states(batch.ids_BT).flatten(0, 1)[batch.positions_N]
         ours = label_losses(hidden, base.head, batch.targets_N, None).losses_N.mean()

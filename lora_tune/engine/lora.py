@@ -162,7 +162,7 @@ class PackedLinear(nn.Module):
             )
         scaling_K11 = torch.tensor(
             [a.config.scaling / keep for a, (_, keep) in zip(adapters, masks, strict=True)],
-            dtype=dtype,
+            dtype=torch.float32,  # in 16 bit a group would scale otherwise than a lane alone
             device=x_KNI.device,
         ).reshape(-1, 1, 1)
         delta_KNO = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
@@ -203,7 +203,7 @@ class _LowRankProduct(torch.autograd.Function):
         scaling: float | Tensor,
     ) -> Tensor:
         kept = x if mask is None else x * mask
-        low = (kept @ a.mT) * scaling
+        low = ((kept @ a.mT) * scaling).to(x.dtype)
         ctx.save_for_backward(x, a, b, low, mask)  # type: ignore[arg-type]
         ctx.scaling = scaling  # type: ignore[attr-defined]
         return low @ b.mT
@@ -213,7 +213,7 @@ class _LowRankProduct(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, a, b, low, mask = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_low = (grads[0] @ b) * ctx.scaling  # type: ignore[attr-defined]
+        grad_low = ((grads[0] @ b) * ctx.scaling).to(x.dtype)  # type: ignore[attr-defined]
         kept = x if mask is None else x * mask
         grad_x = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]

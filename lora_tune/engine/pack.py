@@ -21,6 +21,8 @@ from lora_tune.engine.batches import Batch, collate, rows_of_step
 from lora_tune.engine.lane import Lane, new_adamw, restore_lane
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.loss import label_losses
+from lora_tune.errors import StoreError
+from lora_tune.files import is_complete
 from lora_tune.records import EvalResult, LaneJob, Point, TokenizedRow
 
 
@@ -57,6 +59,11 @@ class TrialPack:
         """Return a lane at ``job.start_step``: fresh, restored from its folder, or the bare base."""
         if job.config is None:
             return Lane(job=job, adapter=None, optimizer=None, step=job.end_step)
+        if job.start_folder is not None and not is_complete(job.start_folder):
+            raise StoreError(
+                f"{job.start_folder}: missing or damaged (its files do not match manifest.json). "
+                "Bring the folder back, or run the study under another name."
+            )
         if job.start_folder is not None and job.end_step == job.start_step:
             adapter = load_adapter(job.config, job.start_folder, self.base.device)
             return Lane(job=job, adapter=adapter, optimizer=None, step=job.end_step)
@@ -132,8 +139,8 @@ class TrialPack:
         layout.steps = (0,) * len(adapters)
         sums = np.zeros((len(adapters), len(rows)))
         by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i].input_ids), i))
-        for start in range(0, len(rows), self.settings.effective_batch_size):
-            chunk = by_length[start : start + self.settings.effective_batch_size]
+        for start in range(0, len(rows), self.settings.micro_batch_size):
+            chunk = by_length[start : start + self.settings.micro_batch_size]
             part = [rows[i] for i in chunk]
             batch, _ = self._pack_rows([part] * len(adapters))
             hidden_NH = self._label_hidden(batch)

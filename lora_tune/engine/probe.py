@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_tune.engine.base import DTYPES, BaseModel
+from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.engine.pack import PackSettings, TrialPack
 from lora_tune.records import LaneJob, TokenizedRow, TrialConfig
 
@@ -80,10 +81,18 @@ def worthwhile_lanes(
     readings: dict[int, float] = {}
     lanes, chosen = 1, 1
     while lanes <= most:
-        readings[lanes] = measure_tokens_per_s(base, rows, settings, config, lanes=lanes)
+        try:
+            readings[lanes] = measure_tokens_per_s(base, rows, settings, config, lanes=lanes)
+        except Exception as error:
+            if not is_out_of_memory(error) or lanes == 1:
+                raise
+            break  # the estimate was too hopeful: what fitted before is the plan
         if readings[lanes] < (1 + WORTHWHILE_GAIN) * readings[chosen] and lanes > 1:
             break
         chosen, lanes = lanes, lanes * 2
+    base.layout.adapters = ()
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
     return chosen, {f"{count} lanes": value for count, value in readings.items()}
 
 

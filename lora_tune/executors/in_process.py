@@ -15,6 +15,7 @@ import torch
 from lora_tune.engine.adapter_files import save_adapter
 from lora_tune.engine.base import DTYPES, BaseModel
 from lora_tune.engine.lane import Lane, save_state
+from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.engine.pack import TrialPack
 from lora_tune.files import publish_folder
 from lora_tune.records import (
@@ -27,28 +28,6 @@ from lora_tune.records import (
 )
 
 MAX_POINTS = 200  # readings kept of a segment; longer ones are thinned evenly
-
-_OUT_OF_MEMORY = (
-    "out of memory",  # CUDA, the CUDA driver, HIP
-    "can't allocate memory",  # DefaultCPUAllocator
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN says when its workspace does not fit
-    "is killed by signal: Killed",  # a data-loader worker
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that device or host memory ran out.
-
-    >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    True
-    >>> is_out_of_memory(RuntimeError("shape mismatch"))
-    False
-    """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(form in str(error) for form in _OUT_OF_MEMORY)
 
 
 class InProcessExecutor:
@@ -72,6 +51,9 @@ class InProcessExecutor:
         self._waiting: list[LaneJob] = []
         self._lanes: list[Lane] = []
         self._train_dtype = pack.base.compute_dtype
+        self.peak_bytes = 0
+        if pack.base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pack.base.device)
 
     @property
     def free_slots(self) -> int:
@@ -126,6 +108,7 @@ class InProcessExecutor:
             for lane in active:
                 lane.wall_s += elapsed / len(active)
                 self.num_tokens += lane.points[-1].num_tokens
+            self._note_peak()
             self.on_step()
         diverged = [lane for lane in active if lane.divergence]
         finished = [lane for lane in self._lanes if lane.finished and lane not in diverged]
@@ -150,6 +133,7 @@ class InProcessExecutor:
         for (split, dtype), group in groups.items():
             begin = time.perf_counter()
             results = self._losses(group, split, dtype)
+            self._note_peak()
             elapsed = time.perf_counter() - begin
             for lane, result in zip(group, results, strict=True):
                 lane.wall_s += elapsed / len(group)
@@ -196,13 +180,16 @@ class InProcessExecutor:
             reason=reason,
             wall_s=lane.wall_s,
             num_tokens=sum(point.num_tokens for point in lane.points),
-            peak_bytes=memory_in_use(self.pack.base),
+            peak_bytes=self.peak_bytes,
             pack_lanes=lane.pack_lanes,
         )
 
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, memory_in_use(self.pack.base))
+
     def _shrink(self) -> list[LaneOutcome]:
         """Free all lanes after running out of memory; halve the lanes, or give up on a lone one."""
-        peak = memory_in_use(self.pack.base)
+        self._note_peak()
         jobs = [lane.job for lane in self._lanes]
         if self._waiting and len(jobs) < self.max_lanes:  # it was a lane that did not get in
             jobs.append(self._waiting.pop(0))
@@ -223,7 +210,7 @@ class InProcessExecutor:
                 rung=job.rung,
                 state=TrialState.INFEASIBLE,
                 reason=f"out of memory as the only lane, at step {lone.step if lone else 0}",
-                peak_bytes=peak,
+                peak_bytes=self.peak_bytes,
             )
         ]
 

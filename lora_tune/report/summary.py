@@ -245,9 +245,9 @@ def _planned(snapshot: StudySnapshot) -> int | None:
 
 
 def _outcome(snapshot: StudySnapshot, leader: TrialRecord | None, planned: int | None) -> Outcome:
-    if snapshot.confirmation is not None:
-        return Outcome.FINISHED
     running = any(t.state is TrialState.RUNNING for t in snapshot.trials)
+    if snapshot.confirmation is not None and not running:
+        return Outcome.FINISHED
     short = len(snapshot.trials) < (planned or 1)
     return Outcome.UNFINISHED if running or short or leader else Outcome.NOTHING
 

@@ -276,6 +276,24 @@ def test_a_lane_of_smaller_steps_leaves_its_neighbours_alone(tiny_llama, rows):
     assert found.losses[0] == pytest.approx(pack.accumulate([alone]).losses[0], rel=LOSS_RTOL)
 
 
+def test_a_group_scales_a_lane_as_the_lane_alone_does_in_bfloat16(tiny_llama, rows):
+    # 1 / 0.9 is no bfloat16 number: a scaling in 16 bit would be off by 0.16 %
+    base = load(tiny_llama, "none", "bfloat16")
+    pack = TrialPack(base, rows, SETTINGS)
+    adapters = tuple(lane.adapter for lane in start_lanes(pack, [0, 0]))
+    layout = base.layout
+    layout.adapters, layout.rows, layout.steps = adapters, (slice(0, 4), slice(4, 8)), (1, 1)
+    layer = base.model.get_submodule("model.layers.0.mlp.up_proj")
+    x_BTI = torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layout.training = True
+    try:
+        grouped = layer._grouped_deltas(x_BTI, [0, 1])[0].detach().double()
+        alone = layer._delta(x_BTI[:4], 0).detach().double()
+    finally:
+        layout.training = False
+    assert float((grouped * alone).sum() / alone.square().sum()) == pytest.approx(1.0, abs=4e-4)
+
+
 # Planted faults: the comparison with plain PEFT has to notice each of them.
 
 
