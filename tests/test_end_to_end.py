@@ -276,6 +276,43 @@ def test_a_finished_study_is_left_alone_and_a_changed_one_refused(finished):
     assert (finished / "reports/nf4/trials/0000/trial.json").read_bytes() == before
 
 
+def test_a_raised_number_of_trials_is_a_total_and_enters_the_record(workplace, finished, tmp_path):
+    import shutil
+
+    folder = copy_of(workplace, tmp_path / "more")
+    shutil.copytree(finished / "reports", folder / "reports")
+    (folder / "nf4.toml").unlink()
+    text = (workplace / "nf4.toml").read_text().replace("trials = 8", "trials = 10")
+    (folder / "nf4.toml").write_text(text)
+    done = lora_tune("run", "nf4.toml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    more = study(folder, "nf4")
+    assert len(more.trials) == 10
+    assert [t.config for t in more.trials[:8]] == [t.config for t in study(finished, "nf4").trials]
+    assert (
+        json.loads((folder / "reports/nf4/study.lock.json").read_text())["spec"]["search"]["trials"]
+        == 10
+    )
+    assert more.confirmation is not None
+
+
+def test_a_damaged_adapter_of_a_trial_is_refused_by_name(workplace, finished, tmp_path):
+    import shutil
+
+    folder = copy_of(workplace, tmp_path / "damaged")
+    shutil.copytree(finished / "reports", folder / "reports")
+    reports = folder / "reports/nf4"
+    (reports / "confirmation.json").unlink()
+    for path in reports.glob("trials/*/rung-1/adapter_model.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(bytes(content))
+    done = lora_tune("run", "nf4.toml", cwd=folder)
+    assert done.returncode == 4, done.stderr
+    assert "rung-1: missing or damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 BAD_INPUT = {
     "a missing study file": (3, "nope.toml: no such study file", {"study": "nope.toml"}),
     "an unknown key": (3, "did you mean rank?", {"rank =": "rnak ="}),
@@ -295,6 +332,9 @@ BAD_INPUT = {
     "a model that is nowhere": (8, "nobody/nothing", {'"model"': '"nobody/nothing"'}),
     "a model folder that is nowhere": (8, "./nothing", {'"model"': '"./nothing"'}),
     "a base without chat template": (3, "data.chat_template", {'"model"': '"plain-model"'}),
+    "rows beyond the positions": (3, "2048 positions", {"max_length = 64": "max_length = 4096"}),
+    "a mixture of experts": (8, "mixture of experts", {'"model"': '"experts"'}),
+    "a base that is quantized already": (8, "quantized already", {'"model"': '"quantized"'}),
     "a budget that nothing fits": (
         5,
         "no trial fits",
@@ -321,6 +361,15 @@ def test_bad_input_gets_one_message_and_writes_nothing(workplace, tmp_path, faul
     (folder / "long.jsonl").write_text((json.dumps(long_row) + "\n") * 40)
     shutil.copytree(workplace / "model", folder / "plain-model")
     (folder / "plain-model" / "chat_template.jinja").unlink()
+    for name, extra in {
+        "experts": {"num_local_experts": 4},
+        "quantized": {
+            "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        },
+    }.items():
+        shutil.copytree(workplace / "model", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | extra))
     text = (workplace / "plain.toml").read_text()
     for old, new in changes.items():
         text = text.replace(old, new)
