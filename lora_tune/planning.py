@@ -28,7 +28,6 @@ from lora_tune.errors import MachineError, ModelError, StudyFileError
 from lora_tune.hub import ModelFiles, find_model
 from lora_tune.memory.fit import resolve_budget
 from lora_tune.memory.shape import COVERED, ModelShape
-from lora_tune.memory.terms import cublas_workspace_bytes
 from lora_tune.records import (
     LanePlan,
     ModelIdentity,
@@ -240,7 +239,7 @@ def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, grouped: bool) -
         max_tokens=inputs.data.fingerprint.max_tokens,
         budget_bytes=budget_bytes,
         grouped=grouped,
-        library_bytes=_library_bytes(inputs.device),
+        compute_capability=_compute_capability(inputs.device),
     )
 
 
@@ -320,11 +319,11 @@ def _free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _library_bytes(device: str) -> int:
+def _compute_capability(device: str) -> str | None:
     if device != "cuda":
-        return 0
+        return None
     major, minor = torch.cuda.get_device_capability()
-    return cublas_workspace_bytes(f"{major}.{minor}")
+    return f"{major}.{minor}"
 
 
 def _hardware(device: str) -> dict[str, str]:

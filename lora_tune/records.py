@@ -236,7 +236,7 @@ class MemoryEstimate:
     terms: dict[str, int]
     trainable_parameters: int
     base_parameters: int
-    covered: bool = True  # False: a family whose closed form is an approximation
+    method: str = "closed-form"  # or "trace"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,39 +13,13 @@ The peak is the largest of a few moments (``peak_phase``), each a sum of terms:
 layer keeps only its input, ``e*h`` per token, and is computed again in backward.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 
 from lora_tune.memory import terms
+from lora_tune.memory.request import DTYPE_BYTES, LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape, adapted_copies
-from lora_tune.memory.terms import DTYPE_BYTES, LORA_TUNE, Adapted, Stack, rounded
+from lora_tune.memory.terms import LORA_TUNE, Adapted, Stack, rounded
 from lora_tune.records import MemoryEstimate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneShape:
-    """The adapter of one lane, as far as memory goes."""
-
-    rank: int
-    targets: tuple[str, ...]  # module suffixes, or full module names
-    lora_dropout: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryRequest:
-    """A trial pack and how it is trained."""
-
-    quantization: str  # "nf4" or "none"
-    compute_dtype: str  # "float32", "bfloat16" or "float16"
-    lanes: tuple[LaneShape, ...]
-    micro_batch_size: int  # rows per lane
-    max_length: int  # tokens per row, padding included
-    gradient_checkpointing: bool
-    gradient_accumulation: bool  # several micro-batches per optimizer step
-    grouped: bool = False  # grouped low-rank products, padded to the largest rank
-    label_fraction: float = 1.0  # share of the tokens that carry a label; 1 is the worst case
-    chunk_tokens: int = 512  # label positions per chunk of the loss
-    library_bytes: int = 0  # cuBLAS workspaces, see ``terms.cublas_workspace_bytes``
 
 
 def estimate_memory(
@@ -75,7 +49,6 @@ def estimate_memory(
         terms=phases[phase],
         trainable_parameters=step.num_trainable,
         base_parameters=shape.num_parameters,
-        covered=shape.covered,
     )
 
 
@@ -199,7 +172,7 @@ class _Step:
             + inputs
             + 3 * self._adapter_rounding  # of the adapters and AdamW's two states
             + (self._adapter_rounding if self.request.gradient_accumulation else 0)
-            + self.request.library_bytes,
+            + terms.cublas_workspace_bytes(self.request.compute_capability),
         }
 
     @cached_property

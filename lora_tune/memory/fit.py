@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from lora_tune.catalog.gpus import find_gpu, load_gpus, nearest_gpus
 from lora_tune.errors import StudyFileError
-from lora_tune.memory.estimate import MemoryRequest, estimate_memory
+from lora_tune.memory.estimate import estimate_memory
+from lora_tune.memory.request import MemoryRequest
 from lora_tune.memory.shape import ModelShape
 from lora_tune.records import MemoryEstimate
 from lora_tune.units import format_bytes, parse_bytes

@@ -14,13 +14,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lora_tune.memory.request import DTYPE_BYTES
 from lora_tune.memory.shape import ModelShape
 from lora_tune.records import LinearShape
 
 ALIGNMENT = 512
 """The CUDA caching allocator rounds every tensor up to this (``c10/core/AllocatorConfig.h``)."""
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 NF4_BLOCK = 64
 NF4_BLOCKS_PER_STATE = 256
@@ -341,15 +340,18 @@ def loss_bytes(shape: ModelShape, *, e: int, label_tokens: int, chunk_tokens: in
     return 2 * e * shape.hidden * label_tokens + chunk * per_position
 
 
-def cublas_workspace_bytes(compute_capability: str) -> int:
+def cublas_workspace_bytes(compute_capability: str | None) -> int:
     """Return the cuBLAS and cuBLASLt workspaces that the allocator holds from the first product on.
 
-    Two handles (autograd's thread has its own) of 8,519,680 bytes, or 32 MiB on compute capability
+    None stands for a CPU, which has none. Two handles (autograd's thread has its own) of
+    8,519,680 bytes, or 32 MiB on compute capability
     9, 10 and 12, and 1 MiB for cuBLASLt. Source: torch 2.13 ``CublasHandlePool.cpp``,
     ``CUDABlas.cpp``.
 
     >>> cublas_workspace_bytes("8.9"), cublas_workspace_bytes("9.0")
     (18087936, 68157440)
     """
+    if compute_capability is None:
+        return 0
     large = compute_capability.partition(".")[0] in ("9", "10", "12")
     return 2 * (32 * 1024**2 if large else 8_519_680) + 1024**2

@@ -9,13 +9,9 @@ from dataclasses import dataclass, replace
 
 from lora_tune.catalog.targets import named_sets, resolve_target_set, set_label
 from lora_tune.errors import InfeasibleError
-from lora_tune.memory.estimate import (
-    LaneShape,
-    MemoryRequest,
-    estimate_memory,
-    trainable_parameters,
-)
+from lora_tune.memory.estimate import estimate_memory, trainable_parameters
 from lora_tune.memory.fit import explain_no_fit, largest_that_fits
+from lora_tune.memory.request import LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape
 from lora_tune.records import MemoryEstimate, TargetSet, TrialConfig
 from lora_tune.study.spec import SpaceSection, StudySpec, TrainSection
@@ -45,7 +41,7 @@ class Gate:
         max_tokens: int,
         budget_bytes: int,
         grouped: bool,
-        library_bytes: int = 0,
+        compute_capability: str | None = None,
     ) -> None:
         """Keep what the estimates depend on.
 
@@ -56,7 +52,7 @@ class Gate:
             max_tokens: Longest row after truncation: the batch that decides.
             budget_bytes: What a pack may use.
             grouped: Whether lanes run as grouped products.
-            library_bytes: Workspaces that the device's libraries keep.
+            compute_capability: Of the GPU, which decides its libraries' workspaces; None on a CPU.
         """
         self.spec = spec
         self.shape = shape
@@ -70,7 +66,7 @@ class Gate:
             gradient_checkpointing=True,
             gradient_accumulation=True,
             grouped=grouped,
-            library_bytes=library_bytes,
+            compute_capability=compute_capability,
         )
 
     def target_sets(

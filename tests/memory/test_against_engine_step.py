@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from lora_tune.engine.base import BaseModel
 from lora_tune.engine.pack import PackSettings, TrialPack
-from lora_tune.memory.estimate import LaneShape, MemoryRequest, estimate_memory
+from lora_tune.memory.estimate import estimate_memory
+from lora_tune.memory.request import LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape
 from lora_tune.records import LaneJob, TokenizedRow, TrialConfig
 
@@ -160,6 +161,7 @@ def test_the_estimate_of_a_step_is_what_the_engine_allocates(
         micro_batch_size=ROWS,
         max_length=LENGTH,
         gradient_checkpointing=checkpointing,
+        compute_capability=None,
         gradient_accumulation=micro_steps > 1,
         grouped=grouped,
     )

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_tune.catalog.targets import layer_suffix
 from lora_tune.errors import ModelError, TargetModulesError
-from lora_tune.memory.estimate import LaneShape, trainable_parameters
+from lora_tune.memory.estimate import trainable_parameters
+from lora_tune.memory.request import LaneShape
 from lora_tune.memory.shape import ModelShape, adapted_copies
 from lora_tune.records import LinearShape
 

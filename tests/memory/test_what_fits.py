@@ -4,13 +4,14 @@ import pytest
 
 from lora_tune.catalog.gpus import find_gpu
 from lora_tune.errors import StudyFileError
-from lora_tune.memory.estimate import LaneShape, MemoryRequest, estimate_memory
+from lora_tune.memory.estimate import estimate_memory
 from lora_tune.memory.fit import (
     explain_no_fit,
     largest_rank_that_fits,
     largest_that_fits,
     resolve_budget,
 )
+from lora_tune.memory.request import LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape
 from lora_tune.units import GIB
 
@@ -35,6 +36,7 @@ def request(rank: int, max_length: int = 2048) -> MemoryRequest:
         micro_batch_size=1,
         max_length=max_length,
         gradient_checkpointing=True,
+        compute_capability=None,
         gradient_accumulation=True,
     )
 
