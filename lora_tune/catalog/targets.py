@@ -61,7 +61,21 @@ _NEOX = TargetFamily(
 
 FAMILIES: dict[str, TargetFamily] = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text"), _LLAMA
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "smollm3",
+            "gemma",
+            "gemma2",
+            "gemma3",
+            "gemma3_text",
+            # Its routed experts are 3-D parameters, but the shared expert has linear layers; the
+            # shared expert's one-wide gate belongs to all-linear only.
+            "qwen2_moe",
+        ),
+        _LLAMA,
     ),
     **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), _EXPERTS),
     **dict.fromkeys(("gpt_neox", "falcon", "bloom"), _NEOX),
@@ -87,7 +101,11 @@ FAMILIES: dict[str, TargetFamily] = {
 
 
 def resolve_target_set(
-    name_or_names: str | tuple[str, ...], *, model_type: str, linears: Sequence[str]
+    name_or_names: str | tuple[str, ...],
+    *,
+    model_type: str,
+    linears: Sequence[str],
+    where: str = "space.target_modules",
 ) -> tuple[str, ...]:
     """Return the full names of the modules that a target set adapts, in the order of ``linears``.
 
@@ -96,6 +114,7 @@ def resolve_target_set(
         model_type: As in the model's config.json; an unknown one is resolved by the llama names
             where the model has them.
         linears: Full names of the model's linear layers, output head excluded.
+        where: What the user wrote the set in, for the message.
 
     Raises:
         TargetModulesError: The set matches nothing, only part of its group in some layer, or
@@ -112,7 +131,7 @@ def resolve_target_set(
         match = _match_names(names, model_type, linears)
     if match.problem:
         raise TargetModulesError(
-            f"space.target_modules: {match.problem} Its linear layers: "
+            f"{where}: {match.problem} Its linear layers: "
             f"{', '.join(_last_parts(linears))}. {_fitting_sets(model_type, linears)}"
         )
     return match.modules

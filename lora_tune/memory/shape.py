@@ -4,52 +4,88 @@ Two ways to one: from a config.json, for the decoders whose closed form is known
 from linear layers that the caller counted on the real model, for all others.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lora_tune.catalog.targets import layer_suffix, matches_suffix
+from lora_tune.catalog.targets import (
+    SET_NAMES,
+    layer_suffix,
+    matches_suffix,
+    resolve_target_set,
+)
 from lora_tune.errors import ModelError, TargetModulesError
+from lora_tune.memory.config_keys import ConfigKeys
+from lora_tune.memory.families import COVERED, shape_fields
 from lora_tune.records import LinearShape
 
-COVERED = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types with a closed form: RMSNorm, rotary attention, SwiGLU, no other parts."""
-
-# Keys by which transformers' config.json files name the same size.
-_KEYS = {
-    "num_layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "intermediate": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    "num_heads": ("num_attention_heads", "n_head"),
-    "num_kv_heads": ("num_key_value_heads", "num_kv_heads"),
-    "head_dim": ("head_dim",),
-    "vocab_size": ("vocab_size",),
-}
-# Qwen3Config's own default, where the others take hidden_size / num_attention_heads.
-_HEAD_DIM_DEFAULTS = {"qwen3": 128}
+__all__ = ["COVERED", "ModelShape", "adapted_copies", "target_suffixes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder. Hashable, so that what is derived from it can be cached."""
+    """Sizes and structure of a decoder. Hashable, so that what is derived from it can be cached.
+
+    All layers have the same tensors. What differs between layers is attention's reach
+    (``num_sliding_layers``) and whether positions are rotated (``num_rotary_layers``).
+    """
 
     model_type: str
     num_layers: int
     hidden: int
-    intermediate: int
+    intermediate: int  # width of the dense MLP; of a mixture of experts see ``expert_intermediate``
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     tied: bool  # the head is the embedding
-    attention_bias: bool
+    attention_bias: bool  # the query, key and value projections have one
     mlp_bias: bool
-    qk_norm: bool  # queries and keys are normalized per head
+    qk_norm: bool  # queries and keys are normalized per head, before the rotation
     layer_linears: tuple[LinearShape, ...]  # of one layer, named inside it: self_attn.q_proj
     outer_linears: tuple[LinearShape, ...] = ()  # outside the layers, full names; no head
-    layer_tensors: tuple[int, ...] = ()  # elements of a layer's other parameters: norms, biases
-    outer_tensors: tuple[int, ...] = ()  # elements of embedding, final norm, untied head
+    layer_tensors: tuple[int, ...] = ()  # elements of a layer's other parameters: norms, biases,
+    #                                      routers, fused experts
+    num_biases: int = 0  # how many of them, the last ones, are biases of ``layer_linears``
+    quantizable: bool = (
+        True  # False: transformers leaves the linear layers in 16 bit (Falcon's own)
+    )
+    outer_tensors: tuple[int, ...] = ()  # elements of embeddings, final norm, untied head
+    buffers: tuple[int, ...] = ()  # elements of the model's float32 buffers: rotary, embed_scale
     covered: bool = True
+    layer_prefix: str = "model.layers."  # full name of a linear: prefix, index, dot, name inside
+
+    # Norms and residual stream.
+    norm: str = "rms"  # "rms" or "layer" (with mean and bias)
+    norm_offset: bool = False  # Gemma: all in float32, times (1 + weight), then cast
+    sandwich_norms: bool = False  # Gemma 2, 3: the outputs of attention and MLP are normalized too
+    parallel_residual: bool = False  # attention and MLP read the same residual and are added to it
+    parallel_norms: int = 0  # norms before them then: 1 shared (Falcon 7B) or 2; 0 if not parallel
+    # Attention.
+    fused_qkv: bool = False  # one linear for query, key and value
+    attention_softcap: bool = False  # scores through tanh (Gemma 2): no fused attention
+    sliding_window: int | None = None  # tokens that a sliding layer sees; None: no sliding layer
+    num_sliding_layers: int = 0
+    layer_period: int = 1  # after how many layers the pattern of sliding and full ones repeats
+    rotary_dim: int = 0  # dimensions of a head that are rotated; 0: none
+    num_rotary_layers: int = 0  # all, but for SmolLM3's layers without positions
+    num_rotary_tables: int = 0  # pairs (cos, sin) made in a forward pass; 2: one a layer type
+    learned_positions: int = 0  # rows of a position embedding (GPT-2); 0: none
+    # MLP.
+    activation: str = "silu"  # name in transformers' ACT2FN
+    gated_mlp: bool = True  # activation(gate) * up, rather than activation(up)
+    fused_gate_up: bool = False  # one linear for gate and up
+    num_experts: int = 0  # 0: a dense MLP
+    experts_per_token: int = 0
+    expert_intermediate: int = 0  # width of one expert; gate, up and down are 3-D parameters
+    shared_expert_intermediate: int = 0  # width of the expert that every token passes; 0: none
+    # Around the layers.
+    embed_scale: bool = False  # the embedding's output is multiplied by sqrt(hidden) (Gemma)
+    final_softcap: bool = False  # logits through tanh (Gemma 2)
+    embedding_dropout: float = 0.0  # the base model's own, in training mode (GPT-2: 0.1)
+    hidden_dropout: float = 0.0  # on the outputs of attention and MLP
+    attention_dropout: float = 0.0  # on attention's probabilities
 
     @property
     def query_size(self) -> int:
@@ -72,6 +108,19 @@ class ModelShape:
         return (self.num_layers,) * len(self.layer_linears) + (1,) * len(self.outer_linears)
 
     @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Full names of all linear layers but the head, in the order of the model's modules.
+
+        That order has the linears outside the layers first or last; here they come last.
+        """
+        inside = (
+            f"{self.layer_prefix}{i}.{linear.name}"
+            for i in range(self.num_layers)
+            for linear in self.layer_linears
+        )
+        return (*inside, *(linear.name for linear in self.outer_linears))
+
+    @property
     def num_parameters(self) -> int:
         """All parameters of the base model; a tied head counts once."""
         linear = sum(
@@ -84,52 +133,14 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, object]) -> "ModelShape":
         """Return the shape of a covered decoder from its config.json.
 
+        Keys that are missing take the defaults of transformers 5.23 where published configs leave
+        them out; sizes that every config has must be there.
+
         Raises:
-            ModelError: A key is missing, or the model type has no closed form and needs
-                ``from_linears``.
+            UncoveredModelError: The model type has no closed form, or its layers differ.
+            ModelError: A key is missing or is no size.
         """
-        model_type = str(config.get("model_type") or _missing(("model_type",)))
-        if model_type not in COVERED:
-            raise ModelError(
-                f'config.json: model_type "{model_type}" has no closed form '
-                f"(known: {', '.join(COVERED)}); its linear layers must be counted on the model."
-            )
-        hidden, heads = _size(config, "hidden"), _size(config, "num_heads")
-        kv_heads = _size(config, "num_kv_heads", heads)
-        head_dim = _size(
-            config, "head_dim", _HEAD_DIM_DEFAULTS.get(model_type, hidden // max(heads, 1))
-        )
-        tied = bool(config.get("tie_word_embeddings", False))
-        attention_bias = model_type == "qwen2" or bool(config.get("attention_bias", False))
-        mlp_bias = model_type == "llama" and bool(config.get("mlp_bias", False))
-        intermediate, vocab = _size(config, "intermediate"), _size(config, "vocab_size")
-        linears = _swiglu_linears(
-            hidden, intermediate, query_size=heads * head_dim, kv_size=kv_heads * head_dim
-        )
-        qk_norm = model_type == "qwen3"
-        # Qwen2's output projection has no bias although its query, key and value have one.
-        biased = linears[: 3 if model_type == "qwen2" else 4] if attention_bias else ()
-        biased += linears[4:] if mlp_bias else ()
-        biases = tuple(linear.out_features for linear in biased)
-        norms = (hidden, hidden) + ((head_dim, head_dim) if qk_norm else ())
-        embeddings = (vocab * hidden,) * (1 if tied else 2)
-        return cls(
-            model_type=model_type,
-            num_layers=_size(config, "num_layers"),
-            hidden=hidden,
-            intermediate=intermediate,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            vocab_size=vocab,
-            tied=tied,
-            attention_bias=attention_bias,
-            mlp_bias=mlp_bias,
-            qk_norm=qk_norm,
-            layer_linears=linears,
-            layer_tensors=norms + biases,
-            outer_tensors=(*embeddings, hidden),
-        )
+        return cls(**shape_fields(config))
 
     @classmethod
     def from_linears(
@@ -162,18 +173,17 @@ class ModelShape:
         if not layers:
             raise ModelError("the model has no linear layer inside numbered decoder layers")
         largest = max(layers.values(), key=_num_weights)
-        hidden, heads = _size(config, "hidden"), _size(config, "num_heads")
+        keys = ConfigKeys(config)
+        hidden, heads = keys.size("hidden"), keys.size("num_heads")
         return cls(
-            model_type=str(config.get("model_type") or _missing(("model_type",))),
+            model_type=keys.model_type,
             num_layers=len(layers),
             hidden=hidden,
-            intermediate=_size(
-                config, "intermediate", max(linear.out_features for linear in largest)
-            ),
+            intermediate=keys.size("intermediate", max(linear.out_features for linear in largest)),
             num_heads=heads,
-            num_kv_heads=_size(config, "num_kv_heads", heads),
-            head_dim=_size(config, "head_dim", hidden // max(heads, 1)),
-            vocab_size=_size(config, "vocab_size"),
+            num_kv_heads=keys.size("num_kv_heads", heads),
+            head_dim=keys.size("head_dim", hidden // heads),
+            vocab_size=keys.size("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
             attention_bias=False,
             mlp_bias=False,
@@ -224,37 +234,41 @@ def adapted_copies(shape: ModelShape, targets: tuple[str, ...]) -> tuple[int, ..
     return tuple(limit if all_layers else min(n, limit) for n, all_layers, limit in limits)
 
 
-def _swiglu_linears(
-    hidden: int, intermediate: int, *, query_size: int, kv_size: int
-) -> tuple[LinearShape, ...]:
-    sizes = {
-        "self_attn.q_proj": (hidden, query_size),
-        "self_attn.k_proj": (hidden, kv_size),
-        "self_attn.v_proj": (hidden, kv_size),
-        "self_attn.o_proj": (query_size, hidden),
-        "mlp.gate_proj": (hidden, intermediate),
-        "mlp.up_proj": (hidden, intermediate),
-        "mlp.down_proj": (intermediate, hidden),
-    }
-    return tuple(
-        LinearShape(name=name, in_features=ins, out_features=outs)
-        for name, (ins, outs) in sizes.items()
+def target_suffixes(
+    shape: ModelShape, targets: str, *, where: str = "--targets"
+) -> tuple[str, ...]:
+    """Return the names by which ``adapted_copies`` knows the modules of a target set.
+
+    A module that is adapted in every layer is named inside its layer, any other in full.
+
+    Args:
+        shape: The base model.
+        targets: A named set, or module suffixes or full names separated by commas.
+        where: What the user wrote it in, for the message.
+
+    Raises:
+        TargetModulesError: The set matches nothing, or only part of its group.
+
+    >>> shape = ModelShape.from_config(
+    ...     {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
+    ...      "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256}
+    ... )
+    >>> target_suffixes(shape, "attention-qv")
+    ('self_attn.q_proj', 'self_attn.v_proj')
+    >>> target_suffixes(shape, "model.layers.1.mlp.up_proj,q_proj")
+    ('self_attn.q_proj', 'model.layers.1.mlp.up_proj')
+    """
+    parts = tuple(part.strip() for part in targets.split(",") if part.strip())
+    wanted = parts[0] if len(parts) == 1 and parts[0] in SET_NAMES else parts
+    modules = resolve_target_set(
+        wanted, model_type=shape.model_type, linears=shape.linear_names, where=where
     )
-
-
-def _size(config: Mapping[str, object], field: str, default: int | None = None) -> int:
-    for key in _KEYS[field]:
-        value = config.get(key)
-        if isinstance(value, int):
-            return value
-    return _missing(_KEYS[field]) if default is None else default
-
-
-def _missing(keys: tuple[str, ...]) -> int:
-    others = f" (nor {', '.join(keys[1:])})" if len(keys) > 1 else ""
-    raise ModelError(
-        f"config.json: {keys[0]} is missing{others}; the memory estimate needs it. "
-        "Is this the config.json of a causal language model?"
+    found = Counter(layer_suffix(module) for module in modules)
+    limits = dict(zip((linear.name for linear in shape.linears), shape.copies, strict=True))
+    everywhere = {name for name, count in found.items() if count == limits[name]}
+    return (
+        *(name for name in limits if name in everywhere),
+        *(module for module in modules if layer_suffix(module) not in everywhere),
     )
 
 

@@ -14,6 +14,8 @@ def test_every_row_is_plausible(gpu: Gpu) -> None:
     assert 4 * GIB < gpu.usable_bytes < 300 * GIB
     assert 100 < gpu.bandwidth_gb_s < 20_000
     assert gpu.bf16_tflops is None or 10 < gpu.bf16_tflops < 5_000
+    assert 5 < gpu.fp32_tflops <= gpu.fp16_tflops < 5_000
+    assert gpu.usable_bytes % MIB == 0
     if gpu.memory_mib is not None:  # torch sees at most what the driver shows, and most of it
         assert 0.95 < gpu.usable_bytes / (gpu.memory_mib * MIB) < 1
 
@@ -44,6 +46,21 @@ def test_there_are_enough_rows_and_no_name_twice() -> None:
 )
 def test_a_gpu_is_found_as_people_and_drivers_write_it(written: str, name: str) -> None:
     assert find_gpu(written).name == name
+
+
+def test_the_matrix_rate_is_that_of_the_compute_type() -> None:
+    t4, ada = find_gpu("T4"), find_gpu("RTX 4090")
+    assert t4.matrix_tflops("float16") == 65
+    assert t4.matrix_tflops("bfloat16") == t4.matrix_tflops("float32") == 8.1  # no such units
+    assert ada.matrix_tflops("float16") == ada.matrix_tflops("bfloat16") == 165
+    assert ada.matrix_tflops("float32") == 82.6
+
+
+@pytest.mark.parametrize("gpu", load_gpus(), ids=lambda gpu: gpu.name)
+def test_usable_memory_that_nobody_read_is_a_cautious_default(gpu: Gpu) -> None:
+    if not gpu.usable_is_read and "total" not in gpu.source:
+        assert gpu.memory_mib is not None
+        assert gpu.usable_bytes <= 0.976 * gpu.memory_mib * MIB
 
 
 def test_an_unknown_gpu_is_refused_with_the_nearest_names_and_the_list() -> None:

@@ -4,17 +4,27 @@ import sys
 
 import pytest
 
-from lora_tune.catalog.models import CATALOG_MODELS, find_packaged_gguf
+from lora_tune.catalog.models import (
+    CatalogModel,
+    find_catalog_model,
+    find_packaged_gguf,
+    load_models,
+)
+
+PACKAGED = [model for model in load_models() if model.package is not None]
 
 
 def test_the_quickstart_model_is_in_the_catalogue() -> None:
-    model = CATALOG_MODELS["smollm2-135m-instruct"]
-    assert model.hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert model.license == "apache-2.0"
+    named = find_catalog_model("smollm2-135m-instruct")
+    assert named is not None
+    assert named.model in PACKAGED
+    assert named.hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert named.model.license == "apache-2.0"
 
 
-@pytest.mark.parametrize("model", CATALOG_MODELS.values(), ids=CATALOG_MODELS)
-def test_the_gguf_of_an_installed_package_is_found(model) -> None:
+@pytest.mark.parametrize("model", PACKAGED, ids=lambda model: model.name)
+def test_the_gguf_of_an_installed_package_is_found(model: CatalogModel) -> None:
+    assert model.package is not None
     path = find_packaged_gguf(model.package)
     if path is None:
         pytest.skip(f"{model.package} is not installed")

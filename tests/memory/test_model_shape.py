@@ -9,10 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_tune.catalog.targets import layer_suffix
-from lora_tune.errors import ModelError, TargetModulesError
+from lora_tune.errors import ModelError, TargetModulesError, UncoveredModelError
 from lora_tune.memory.estimate import trainable_parameters
 from lora_tune.memory.request import LaneShape
-from lora_tune.memory.shape import ModelShape, adapted_copies
+from lora_tune.memory.shape import ModelShape, adapted_copies, target_suffixes
 from lora_tune.records import LinearShape
 
 TINY = {
@@ -180,9 +180,117 @@ def test_an_old_config_without_newer_keys_takes_transformers_defaults() -> None:
 
 
 def test_a_family_without_closed_form_and_an_unknown_target_are_refused() -> None:
-    with pytest.raises(ModelError, match='"gpt2" has no closed form'):
-        ModelShape.from_config(transformers.GPT2Config().to_dict())
+    with pytest.raises(UncoveredModelError, match='"bloom" has no closed form'):
+        ModelShape.from_config(transformers.BloomConfig().to_dict())
     with pytest.raises(TargetModulesError, match="c_attn"):
         adapted_copies(ModelShape.from_config(CONFIGS["llama-tiny"].to_dict()), ("c_attn",))
     with pytest.raises(ModelError, match="no linear layer"):
         ModelShape.from_linears(CONFIGS["llama-tiny"].to_dict(), [], 0)
+
+
+MOE = {
+    **TINY,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen2_moe", **MOE, "mlp_only_layers": [0]},
+        {"model_type": "qwen3_moe", **MOE, "decoder_sparse_step": 2},
+        {"model_type": "falcon", **TINY, "alibi": True},
+        {"model_type": "gpt2", **TINY, "n_positions": 8, "add_cross_attention": True},
+        {"model_type": "smollm3", **TINY, "use_sliding_window": True},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_layers_that_differ_are_left_to_the_trace(config: dict[str, object]) -> None:
+    with pytest.raises(UncoveredModelError, match="no closed form"):
+        ModelShape.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("hidden_size", -4096),
+        ("vocab_size", "32000"),
+        ("num_hidden_layers", 2.5),
+        ("intermediate_size", True),
+    ],
+)
+def test_what_is_no_size_is_named_with_its_value(key: str, value: object) -> None:
+    config = {"model_type": "llama", **TINY, key: value}
+    with pytest.raises(ModelError, match=f"{key} is {value!r}; it must be a whole number"):
+        ModelShape.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("mixtral", "num_experts_per_tok"),
+        ("qwen3_moe", "moe_intermediate_size"),
+        ("qwen2_moe", "shared_expert_intermediate_size"),
+        ("gpt_neox", "intermediate_size"),
+        ("phi3", "intermediate_size"),
+        ("falcon", "vocab_size"),
+    ],
+)
+def test_a_familys_own_missing_key_is_named(family: str, key: str) -> None:
+    config = {"model_type": family, **MOE}
+    del config[key]
+    with pytest.raises(ModelError, match=f"{key} is missing"):
+        ModelShape.from_config(config)
+
+
+def shape_of(name: str) -> ModelShape:
+    return ModelShape.from_config(CONFIGS[name].to_dict())
+
+
+def test_targets_are_named_inside_the_layer_where_every_layer_has_them() -> None:
+    shape = shape_of("llama-tiny")
+    assert target_suffixes(shape, "mlp") == ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert target_suffixes(shape, " q_proj , mlp.up_proj") == ("self_attn.q_proj", "mlp.up_proj")
+    everywhere = ",".join(f"model.layers.{i}.self_attn.v_proj" for i in range(3))
+    assert target_suffixes(shape, everywhere) == ("self_attn.v_proj",)
+    one = "model.layers.2.self_attn.v_proj"
+    assert target_suffixes(shape, f"q_proj,{one}") == ("self_attn.q_proj", one)
+    for targets in ("all-linear", f"q_proj,{one}"):
+        assert sum(adapted_copies(shape, target_suffixes(shape, targets))) == (
+            21 if targets == "all-linear" else 4
+        )
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("qproj", '"qproj" matches no linear layer'),
+        ("atention", "did you mean attention"),
+        ("", "the list of modules is empty"),
+        ("lm_head", '"lm_head" matches no linear layer'),
+    ],
+)
+def test_targets_that_match_nothing_list_the_real_modules(targets: str, expected: str) -> None:
+    with pytest.raises(TargetModulesError) as caught:
+        target_suffixes(shape_of("llama-tiny"), targets)
+    message = str(caught.value)
+    assert message.startswith("--targets: ")
+    assert expected in message
+    assert "down_proj, gate_proj, k_proj" in message
+
+
+def test_a_set_that_a_fused_model_does_not_have_is_refused_with_the_reason() -> None:
+    gpt2 = ModelShape.from_config(transformers.GPT2Config().to_dict())
+    with pytest.raises(TargetModulesError, match="fused in c_attn"):
+        target_suffixes(gpt2, "attention-qv")
+    lane = LaneShape(rank=8, targets=target_suffixes(gpt2, "c_attn"), lora_dropout=0.0)
+    assert trainable_parameters(gpt2, lane) == 294_912
+
+
+def test_shapes_can_be_keys_of_a_cache() -> None:
+    assert hash(shape_of("llama-tiny")) == hash(shape_of("llama-tiny"))
+    assert shape_of("llama-tiny") != shape_of("llama-tiny-tied-biased")
