@@ -1,7 +1,7 @@
 """GPUs and the memory they really have, from ``gpus.toml`` next to this file.
 
 A card's usable memory is what torch can allocate from, which is less than the sticker says:
-"24 GB" is 21.9 GiB on an L4 and 23.7 GiB on a 3090. Every row of the table names its source.
+"24 GB" is 22.0 GiB on an L4 and 23.7 GiB on a 3090. Every row of the table names its source.
 """
 
 import tomllib
@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 
 from lora_tune.errors import StudyFileError
-from lora_tune.units import GIB
+from lora_tune.units import MIB
 
 # Words that people and drivers write before the name that tells cards apart.
 _MAKERS = ("nvidia", "geforce", "tesla", "amd", "instinct", "rtx")
@@ -28,6 +28,8 @@ class Gpu:
     usable_is_read: bool  # False: a cautious default, not a reading
     bandwidth_gb_s: float  # 1e9 bytes/s
     bf16_tflops: float | None  # dense, 1e12 operations/s; None: no bfloat16 units
+    fp16_tflops: float  # dense, float32 accumulation
+    fp32_tflops: float  # without TensorFloat-32
     compute_capability: str
     source: str
 
@@ -35,6 +37,20 @@ class Gpu:
     def names(self) -> tuple[str, ...]:
         """The name and its aliases."""
         return (self.name, *self.aliases)
+
+    def matrix_tflops(self, compute_dtype: str) -> float:
+        """Return the peak matrix rate in a compute type, 1e12 operations/s.
+
+        Without bfloat16 units the rate is that of float32, which is what torch falls back to.
+
+        >>> find_gpu("T4").matrix_tflops("float16"), find_gpu("T4").matrix_tflops("bfloat16")
+        (65, 8.1)
+        """
+        if compute_dtype == "float16":
+            return self.fp16_tflops
+        if compute_dtype == "bfloat16" and self.bf16_tflops is not None:
+            return self.bf16_tflops
+        return self.fp32_tflops
 
 
 @cache
@@ -46,10 +62,12 @@ def load_gpus() -> tuple[Gpu, ...]:
             name=row["name"],
             aliases=tuple(row.get("aliases", ())),
             memory_mib=row.get("memory_mib"),
-            usable_bytes=int(row["usable_gib"] * GIB),
+            usable_bytes=row["usable_mib"] * MIB,
             usable_is_read=row["usable_is_read"],
             bandwidth_gb_s=row["bandwidth_gb_s"],
             bf16_tflops=row.get("bf16_tflops"),
+            fp16_tflops=row.get("fp16_tflops", row.get("bf16_tflops")),
+            fp32_tflops=row["fp32_tflops"],
             compute_capability=row["compute_capability"],
             source=row["source"],
         )
