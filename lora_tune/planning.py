@@ -130,17 +130,21 @@ def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> I
     )
 
 
-def draft_plan(inputs: Inputs) -> Draft:
+def draft_plan(inputs: Inputs, *, free_bytes: int) -> Draft:
     """Decide from the estimate alone, before the base is loaded, what fits and how it trains.
+
+    Args:
+        inputs: What the study starts from.
+        free_bytes: What the base and the lanes may use together on this machine's device: what is
+            free before the base is loaded, not what the card is sold with.
 
     Raises:
         InfeasibleError: Nothing of the space fits.
         StudyFileError: ``memory.gpu`` names no GPU.
     """
     spec = inputs.spec
-    budget = resolve_budget(
-        spec.memory.gpu, safety=spec.memory.safety, free_bytes=_free_bytes(inputs.device)
-    )
+    gpu, safety = spec.memory.gpu, spec.memory.safety
+    budget = resolve_budget(gpu, safety=safety, free_bytes=free_bytes)
     grouped = inputs.device == "cuda"
     dtype = _load_dtype(inputs)
     gate = make_gate(inputs, dtype, budget, grouped=grouped)
@@ -158,6 +162,7 @@ def draft_plan(inputs: Inputs) -> Draft:
         gradient_checkpointing=pack_plan.gradient_checkpointing,
         grouped=grouped,
         budget_bytes=budget,
+        capacity_bytes=resolve_budget(gpu, safety=1.0, free_bytes=free_bytes),
     )
     return Draft(target_sets, plan, tuple(notes))
 
@@ -310,13 +315,6 @@ def _choose_device(wanted: str) -> str:
             'run.device is "cuda", but no NVIDIA GPU was found. Use "auto" or "cpu".'
         )
     return "cpu"
-
-
-def _free_bytes(device: str) -> int:
-    """Return what the base and the lanes may use together: what is free before the base is loaded."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _compute_capability(device: str) -> str | None:

@@ -231,7 +231,8 @@ class Confirmation:
 class MemoryEstimate:
     """Predicted peak of a training step. ``terms`` sum to ``peak_allocated_bytes``."""
 
-    peak_allocated_bytes: int
+    peak_allocated_bytes: int  # what torch.cuda.max_memory_allocated would say
+    peak_reserved_bytes: int  # the same with what the caching allocator holds beside it
     peak_phase: str
     terms: dict[str, int]
     trainable_parameters: int
@@ -261,6 +262,7 @@ class LanePlan:
     grouped: bool  # grouped low-rank products (True) or one product a lane
     budget_bytes: int
     tokens_per_s: dict[str, float] = field(default_factory=dict)  # the probe's readings
+    capacity_bytes: int = 0  # what the budget is a share of; 0 in a study of an older version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +301,64 @@ class StudyLock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackPeak:
+    """What a trial pack took on a GPU over steps in which its lanes did not change.
+
+    Peaks are those of training steps, evaluation left out. ``process_bytes`` is the device memory
+    taken since the run began, by torch's allocator and beside it (kernels loaded, libraries'
+    buffers); the CUDA context that existed by then is not in it, as it is not in ``free_bytes``.
+    """
+
+    device: str  # name of the GPU
+    trials: tuple[int, ...]  # lane by lane
+    steps: int  # optimizer steps; 0: memory ran out in the first
+    rows: int  # of a pass through the base, all lanes together
+    max_length: int  # padded length of the longest batch seen
+    num_labels: int  # label positions of the pass that had most
+    allocated_bytes: int
+    reserved_bytes: int
+    process_bytes: int
+    free_bytes: int  # on the device when the run began, before the base was loaded
+    out_of_memory: bool = False  # the pack needed more than there was
+
+    @property
+    def outside_bytes(self) -> int:
+        """What the process took beside torch's allocator."""
+        return self.process_bytes - self.reserved_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReading:
+    """A measured pack beside the estimate of the same lanes, rows and lengths."""
+
+    measured: PackPeak
+    predicted_allocated_bytes: int
+    predicted_reserved_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneLimit:
+    """The readings so far showed that a pack of ``lanes_before`` lanes would not fit."""
+
+    num_readings: int  # readings that it was decided from
+    margin: float  # by which measured peaks may exceed the estimate
+    budget_bytes: int  # what the estimate of a pack may be after the correction
+    lanes_before: int
+    lanes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLog:
+    """All readings of a study in the order of time; empty where the device has no such statistics."""
+
+    readings: tuple[MemoryReading, ...]
+    limits: tuple[LaneLimit, ...]
+
+
+NO_READINGS = MemoryLog(readings=(), limits=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudySnapshot:
     """A study folder as read from disk: all that a report may use."""
 
@@ -307,6 +367,7 @@ class StudySnapshot:
     trials: tuple[TrialRecord, ...]  # by number
     confirmation: Confirmation | None  # None while the study runs, or when no trial succeeded
     wall_s: float  # of all runs of the study so far
+    memory: MemoryLog = NO_READINGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from lora_tune.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lora_tune.engine.base import BaseModel, quiet_transformers
+from lora_tune.engine.memory_reading import MemoryMeter, open_meter
 from lora_tune.engine.pack import TrialPack
 from lora_tune.errors import AllTrialsFailedError, DataError, StudyFileError
-from lora_tune.executors.in_process import InProcessExecutor, memory_in_use
+from lora_tune.executors.in_process import InProcessExecutor
 from lora_tune.executors.interface import Executor
 from lora_tune.files import publish_folder, write_text
 from lora_tune.planning import (
@@ -39,13 +40,15 @@ from lora_tune.records import (
 )
 from lora_tune.report import model_card, write_reports
 from lora_tune.search.anchors import make_anchors
-from lora_tune.search.gate import PackPlan
+from lora_tune.search.calibrator import Calibrator
+from lora_tune.search.gate import Gate, PackPlan
 from lora_tune.search.ladder import Ladder, LadderPlan
 from lora_tune.search.proposals import Proposer
 from lora_tune.search.space import SearchSpace
 from lora_tune.store.database import open_optuna_study
 from lora_tune.store.folder import DATABASE, STUDY_FILE, StudyFolder
 from lora_tune.study.spec import StudySpec
+from lora_tune.units import format_bytes
 
 BASE_TRIAL = -1  # the untuned base, where a trial's number is asked for
 ADAPTER_FOLDER = "adapter"
@@ -65,7 +68,14 @@ class View(Protocol):
         ...
 
 
-def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) -> StudySnapshot:
+def run_study(
+    spec: StudySpec,
+    *,
+    study_file: Path,
+    command: str,
+    view: View,
+    meter_of: Callable[[str], MemoryMeter] = open_meter,
+) -> StudySnapshot:
     """Run a study to its end, or go on with one; return what its folder then holds.
 
     Args:
@@ -73,6 +83,7 @@ def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) ->
         study_file: Where it is; paths in it are relative to its folder.
         command: The command line that runs it, for the record.
         view: Is told how it goes.
+        meter_of: Opens the meter of a device, before the base is loaded.
 
     Raises:
         LoraTuneError: With one message; nothing of the study is lost.
@@ -88,7 +99,6 @@ def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) ->
         view.note(note)
     with store.owned():
         lock = store.load_lock()
-        draft = None
         if lock is not None:
             _check_same_rows(inputs, lock)
             if _is_finished(store, spec):
@@ -96,8 +106,9 @@ def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) ->
             # a raised budget belongs to the record
             lock = replace(lock, spec=spec.model_dump(mode="json"), spec_sha256=spec_hash(spec))
             store.save_lock(lock)
-        else:
-            draft = draft_plan(inputs)
+        meter, draft = meter_of(inputs.device), None
+        if lock is None:
+            draft = draft_plan(inputs, free_bytes=meter.free_bytes)
             for note in draft.notes:
                 view.note(note)
         earlier_s = store.load_runtime()
@@ -113,8 +124,9 @@ def run_study(spec: StudySpec, *, study_file: Path, command: str, view: View) ->
             )
             store.save_lock(lock)
             write_text(store.path / STUDY_FILE, study_file.read_text(encoding="utf-8"))
+        _note_less_memory(meter, lock, view)
         try:
-            _search_and_confirm(inputs, lock, base, store, elapsed, view)
+            _search_and_confirm(inputs, lock, base, store, meter, elapsed, view)
         finally:
             store.save_runtime(elapsed())
             write_reports(store.snapshot())
@@ -126,6 +138,7 @@ def _search_and_confirm(
     lock: StudyLock,
     base: BaseModel,
     store: StudyFolder,
+    meter: MemoryMeter,
     elapsed: Callable[[], float],
     view: View,
 ) -> None:
@@ -136,11 +149,30 @@ def _search_and_confirm(
         {"selection": inputs.data.selection, "confirmation": inputs.data.confirmation},
         lanes=plan.lanes,
         base_model=inputs.files.hub_id or str(inputs.folder),
+        meter=meter,
     )
-    ladder = _make_ladder(inputs, lock, store, elapsed)
-    progress = _Progress(ladder, executor, base, lock, elapsed, view)
+    gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, grouped=plan.grouped)
+    ladder = _make_ladder(inputs, lock, store, gate, elapsed)
+    calibrator = Calibrator(
+        gate,
+        _pack_plan(lock),
+        lock,
+        log=store.load_memory(),
+        config_of=lambda trial: ladder.records[trial].config,
+    )
+    executor.max_lanes = calibrator.lanes
+    progress = _Progress(ladder, executor, lock, elapsed, view)
     executor.on_step = progress.show
-    search(ladder, executor, told=progress.show)
+
+    def told() -> None:
+        if peaks := executor.take_pack_peaks():
+            if note := calibrator.add(peaks):
+                view.note(note)
+            store.save_memory(calibrator.log)
+            executor.max_lanes = min(executor.max_lanes, calibrator.lanes)
+        progress.show()
+
+    search(ladder, executor, told=told)
     winner = ladder.select_winner(practical_margin=spec.select.practical_margin)
     confirmation = store.load_confirmation()
     if confirmation is None or confirmation.winner != winner.number:
@@ -214,8 +246,16 @@ def confirm(
     )
 
 
+def _pack_plan(lock: StudyLock) -> PackPlan:
+    return PackPlan(
+        micro_batch_size=lock.plan.micro_batch_size,
+        gradient_checkpointing=lock.plan.gradient_checkpointing,
+        most_lanes=lock.plan.lanes,
+    )
+
+
 def _make_ladder(
-    inputs: Inputs, lock: StudyLock, store: StudyFolder, elapsed: Callable[[], float]
+    inputs: Inputs, lock: StudyLock, store: StudyFolder, gate: Gate, elapsed: Callable[[], float]
 ) -> Ladder:
     spec, plan = inputs.spec, lock.plan
     space = SearchSpace(spec.space, lock.target_sets, seed=spec.study.seed)
@@ -235,15 +275,9 @@ def _make_ladder(
         startup_trials=spec.search.startup_trials,
         seed=spec.study.seed,
     )
-    gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, grouped=plan.grouped)
-    pack_plan = PackPlan(
-        micro_batch_size=plan.micro_batch_size,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        most_lanes=plan.lanes,
-    )
 
     def predict(config: TrialConfig) -> tuple[int, int]:
-        return gate.predict(config, pack_plan, lanes=plan.lanes)
+        return gate.predict(config, _pack_plan(lock), lanes=plan.lanes)
 
     def out_of_time() -> bool:
         hours = spec.search.max_hours
@@ -276,6 +310,15 @@ def _publish_adapter(store: StudyFolder, winner: TrialRecord, lock: StudyLock) -
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             shutil.copyfile(trained / name, folder / name)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _note_less_memory(meter: MemoryMeter, lock: StudyLock, view: View) -> None:
+    """Say that a plan, made earlier or for another GPU, may use more than is free now."""
+    if meter.peaks() is not None and meter.free_bytes < lock.plan.budget_bytes:
+        view.note(
+            f"{format_bytes(meter.free_bytes)} of the {meter.device_name} are free, the plan may use "
+            f"{format_bytes(lock.plan.budget_bytes)}: a pack that runs out of memory is halved."
+        )
 
 
 def _check_unchanged(spec: StudySpec, lock: StudyLock) -> None:
@@ -323,12 +366,11 @@ class _Progress:
         self,
         ladder: Ladder,
         executor: InProcessExecutor,
-        base: BaseModel,
         lock: StudyLock,
         elapsed: Callable[[], float],
         view: View,
     ) -> None:
-        self.ladder, self.executor, self.base, self.lock = ladder, executor, base, lock
+        self.ladder, self.executor, self.lock = ladder, executor, lock
         self.elapsed, self.view = elapsed, view
         self.phase = "search"
         self.began_s = elapsed()
@@ -355,7 +397,7 @@ class _Progress:
                 best_trial=best.number if best else None,
                 best_loss=best.best_loss if best else None,
                 tokens_per_s=self.executor.num_tokens / spent if spent else 0.0,
-                memory_bytes=memory_in_use(self.base),
+                memory_bytes=self.executor.meter.in_use(),
                 budget_bytes=self.lock.plan.budget_bytes,
                 elapsed_s=self.elapsed(),
                 left_s=spent / done * max(0, left) if done > 0 else None,

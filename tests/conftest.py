@@ -1,8 +1,9 @@
 """Small real things shared by the tests: tiny models with random weights, rows, jobs."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from lora_tune.records import TokenizedRow
+
+if TYPE_CHECKING:
+    from lora_tune.engine.memory_reading import MemoryPeaks
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +60,35 @@ def make_rows() -> Callable[..., tuple[TokenizedRow, ...]]:
         return tuple(rows)
 
     return make
+
+
+class ReplayMeter:
+    """A GPU's memory meter that replays given peaks: the n-th after the n-th restart, then the last."""
+
+    device_name = "Replay 9000"
+
+    def __init__(
+        self, free_bytes: int, peaks: Sequence[tuple[int, int, int]], *, shown: int = 1
+    ) -> None:
+        self.free_bytes = free_bytes
+        self.replayed = list(peaks)
+        self.restarts = 0
+        self.shown = shown
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    def peaks(self) -> "MemoryPeaks":
+        from lora_tune.engine.memory_reading import MemoryPeaks
+
+        number = min(max(self.restarts, 1), len(self.replayed)) - 1
+        return MemoryPeaks(*self.replayed[number])
+
+    def in_use(self) -> int:
+        return self.shown * self.restarts
+
+
+@pytest.fixture(scope="session")
+def replay_meter() -> type[ReplayMeter]:
+    """The class of meters that replay given peaks."""
+    return ReplayMeter

@@ -34,6 +34,7 @@ FLOORS = {
     "store": 4.0,
     "executors": 5.0,
     "report": 5.0,
+    "trace": 5.0,
     "planning": 6.0,
     "tuner": 7.0,
     "commands": 8.0,
@@ -45,6 +46,7 @@ TENSORS = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safet
 WALLS = {
     "engine": {"optuna", "sqlalchemy"},
     "executors": {"optuna", "sqlalchemy"},
+    "trace": {"optuna", "sqlalchemy"},
     "search": TENSORS,
     "memory": TENSORS | {"optuna"},
     "report": TENSORS | {"optuna"},

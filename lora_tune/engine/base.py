@@ -75,7 +75,8 @@ class BaseModel:
                 if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit):
                     exact = self._originals.pop(parameter, parameter.data)
                     parameter.data = exact.to(dtype)
-                    if not torch.equal(parameter.data.to(exact.dtype), exact):
+                    same_type = exact.dtype == dtype  # then there is nothing to compare
+                    if not same_type and not torch.equal(parameter.data.to(exact.dtype), exact):
                         self._originals[parameter] = exact
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:

@@ -77,8 +77,11 @@ class PackLayout:
 
     def generator(self, device: torch.device, seed: int) -> torch.Generator:
         """Return this device's generator, freshly seeded."""
-        generator = self._generators.setdefault(device, torch.Generator(device))
-        return generator.manual_seed(seed)
+        if device not in self._generators:
+            # torch has no generator for the meta device, whose masks have no values
+            where = torch.device("cpu") if device.type == "meta" else device
+            self._generators[device] = torch.Generator(where)
+        return self._generators[device].manual_seed(seed)
 
 
 class PackedLinear(nn.Module):

@@ -44,8 +44,22 @@ class Gradients(NamedTuple):
     num_tokens: list[int]
 
 
+class PassSize(NamedTuple):
+    """Sizes of a pass through the base, all lanes together."""
+
+    rows: int
+    max_length: int  # tokens a row, padding included
+    num_labels: int  # label positions
+
+
+NO_PASS = PassSize(0, 0, 0)
+
+
 class TrialPack:
-    """Trains and evaluates lanes on one base."""
+    """Trains and evaluates lanes on one base.
+
+    ``largest_pass`` has the largest value of each size since it was last set to ``NO_PASS``.
+    """
 
     def __init__(
         self, base: BaseModel, train: Sequence[TokenizedRow], settings: PackSettings
@@ -53,6 +67,7 @@ class TrialPack:
         self.base = base
         self.train = train
         self.settings = settings
+        self.largest_pass = NO_PASS
         base.layout.grouped = settings.grouped
 
     def new_lane(self, job: LaneJob) -> Lane:
@@ -176,6 +191,8 @@ class TrialPack:
     def _pack_rows(self, lane_rows: Sequence[Sequence[TokenizedRow]]) -> tuple[Batch, Tensor]:
         """Put the lanes' rows under each other; also return the lane of each label position."""
         batch = collate([row for rows in lane_rows for row in rows], self.base.device)
+        size = (*batch.ids_BT.shape, len(batch.positions_N))
+        self.largest_pass = PassSize(*map(max, self.largest_pass, size))
         starts = np.cumsum([0, *(len(rows) for rows in lane_rows)])
         self.base.layout.rows = tuple(
             slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)

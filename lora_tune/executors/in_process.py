@@ -3,26 +3,31 @@
 A lane that ends frees its slot at once: the next job joins the pack at the next step, without touching
 the base. A lane whose loss diverges leaves alone. Out of memory: the lanes allowed at once are halved
 and the lanes that were running begin their segments again; a lane that does not fit alone is infeasible.
+
+Memory is read per stretch: the steps over which the pack's lanes do not change. The meter's peaks are
+forgotten when a stretch begins and read when it ends, before anything is evaluated.
 """
 
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import psutil
 import torch
 
 from lora_tune.engine.adapter_files import save_adapter
-from lora_tune.engine.base import DTYPES, BaseModel
+from lora_tune.engine.base import DTYPES
 from lora_tune.engine.lane import Lane, save_state
 from lora_tune.engine.memory_errors import is_out_of_memory
-from lora_tune.engine.pack import TrialPack
+from lora_tune.engine.memory_reading import MemoryMeter
+from lora_tune.engine.pack import NO_PASS, TrialPack
 from lora_tune.files import publish_folder
 from lora_tune.records import (
     EvalResult,
     LaneJob,
     LaneOutcome,
     LaneReading,
+    PackPeak,
     TokenizedRow,
     TrialState,
 )
@@ -40,20 +45,32 @@ class InProcessExecutor:
         *,
         lanes: int,
         base_model: str | None,
+        meter: MemoryMeter,
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            pack: Trains and evaluates the lanes.
+            splits: Rows that a job may be evaluated on, by name.
+            lanes: Most jobs at once; ``max_lanes`` may be lowered later.
+            base_model: What a published adapter names as its base.
+            meter: Reads the device of the pack.
+            on_step: Called after every optimizer step.
+        """
         self.pack = pack
         self.splits = splits
         self.max_lanes = lanes
         self.base_model = base_model
+        self.meter = meter
         self.on_step = on_step
         self.num_tokens = 0
         self._waiting: list[LaneJob] = []
         self._lanes: list[Lane] = []
         self._train_dtype = pack.base.compute_dtype
-        self.peak_bytes = 0
-        if pack.base.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pack.base.device)
+        self._stretch: _Stretch | None = None
+        self._pack_peaks: list[PackPeak] = []
+        self._peaks: dict[int, int] = {}  # by trial: peak bytes while it was here
 
     @property
     def free_slots(self) -> int:
@@ -82,6 +99,11 @@ class InProcessExecutor:
             for lane in self._lanes
         )
 
+    def take_pack_peaks(self) -> list[PackPeak]:
+        """Return what was measured since this was last asked."""
+        taken, self._pack_peaks = self._pack_peaks, []
+        return taken
+
     def wait(self) -> list[LaneOutcome]:
         """Train until at least one lane has ended."""
         while self.busy:
@@ -102,14 +124,17 @@ class InProcessExecutor:
         self._fill()
         active = [lane for lane in self._lanes if not lane.finished]
         if active:
+            self._begin_stretch(active)
             begin = time.perf_counter()
             self.pack.train_step(active)
             elapsed = time.perf_counter() - begin
             for lane in active:
                 lane.wall_s += elapsed / len(active)
                 self.num_tokens += lane.points[-1].num_tokens
-            self._note_peak()
+            self._end_step(active)
             self.on_step()
+        else:
+            self.meter.restart()  # what is only evaluated has no part in the peak before it
         diverged = [lane for lane in active if lane.divergence]
         finished = [lane for lane in self._lanes if lane.finished and lane not in diverged]
         outcomes = [
@@ -133,7 +158,7 @@ class InProcessExecutor:
         for (split, dtype), group in groups.items():
             begin = time.perf_counter()
             results = self._losses(group, split, dtype)
-            self._note_peak()
+            self._note_peak([lane.job for lane in group])
             elapsed = time.perf_counter() - begin
             for lane, result in zip(group, results, strict=True):
                 lane.wall_s += elapsed / len(group)
@@ -180,19 +205,63 @@ class InProcessExecutor:
             reason=reason,
             wall_s=lane.wall_s,
             num_tokens=sum(point.num_tokens for point in lane.points),
-            peak_bytes=self.peak_bytes,
+            peak_bytes=self._peaks.pop(lane.job.trial, 0),
             pack_lanes=lane.pack_lanes,
         )
 
-    def _note_peak(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, memory_in_use(self.pack.base))
+    def _note_peak(self, jobs: Sequence[LaneJob]) -> None:
+        in_use = self.meter.in_use()
+        for job in jobs:
+            self._peaks[job.trial] = max(in_use, self._peaks.get(job.trial, 0))
+
+    def _begin_stretch(self, lanes: Sequence[Lane]) -> None:
+        """Before a step: forget the peaks of other lanes, if the lanes are others."""
+        members = tuple((lane.job.trial, lane.job.rung) for lane in lanes)
+        if self._stretch is None or self._stretch.members != members:
+            self.pack.base.layout.adapters = ()  # it may hold those of lanes that have left
+            self.pack.largest_pass = NO_PASS
+            self.meter.restart()
+            self._stretch = _Stretch(members)
+        self._stretch.stepping = True
+
+    def _end_step(self, lanes: Sequence[Lane]) -> None:
+        assert self._stretch is not None
+        self._stretch.stepping = False
+        self._stretch.steps += 1
+        self._note_peak([lane.job for lane in lanes])
+        if any(lane.finished or lane.divergence for lane in lanes):
+            self._end_stretch()
+
+    def _end_stretch(self, *, out_of_memory: bool = False) -> None:
+        stretch, self._stretch = self._stretch, None
+        size, peaks = self.pack.largest_pass, self.meter.peaks()
+        if stretch is None or peaks is None or size == NO_PASS:
+            return
+        self._pack_peaks.append(
+            PackPeak(
+                device=self.meter.device_name,
+                trials=tuple(trial for trial, _ in stretch.members),
+                steps=stretch.steps,
+                rows=size.rows,
+                max_length=size.max_length,
+                num_labels=size.num_labels,
+                allocated_bytes=peaks.allocated_bytes,
+                reserved_bytes=peaks.reserved_bytes,
+                process_bytes=peaks.process_bytes,
+                free_bytes=self.meter.free_bytes,
+                out_of_memory=out_of_memory,
+            )
+        )
 
     def _shrink(self) -> list[LaneOutcome]:
         """Free all lanes after running out of memory; halve the lanes, or give up on a lone one."""
-        self._note_peak()
+        if self._stretch is not None and self._stretch.stepping:  # not in joining or evaluation
+            self._end_stretch(out_of_memory=True)
+        self._stretch = None
         jobs = [lane.job for lane in self._lanes]
         if self._waiting and len(jobs) < self.max_lanes:  # it was a lane that did not get in
             jobs.append(self._waiting.pop(0))
+        self._note_peak(jobs)
         lone = self._lanes[0] if len(self._lanes) == 1 else None
         self._lanes = []
         self.pack.base.layout.adapters = ()
@@ -200,7 +269,7 @@ class InProcessExecutor:
         if self.pack.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(jobs) > 1:
-            self.max_lanes = max(1, len(jobs) // 2)
+            self.max_lanes = max(1, min(self.max_lanes, len(jobs) // 2))
             self._waiting = jobs + self._waiting
             return []
         job = jobs[0]
@@ -210,13 +279,15 @@ class InProcessExecutor:
                 rung=job.rung,
                 state=TrialState.INFEASIBLE,
                 reason=f"out of memory as the only lane, at step {lone.step if lone else 0}",
-                peak_bytes=self.peak_bytes,
+                peak_bytes=self._peaks.pop(job.trial),
             )
         ]
 
 
-def memory_in_use(base: BaseModel) -> int:
-    """Return CUDA's peak allocated bytes since the start, or this process's resident bytes on a CPU."""
-    if base.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(base.device))
-    return int(psutil.Process().memory_info().rss)
+@dataclass
+class _Stretch:
+    """Steps over which the lanes of the pack did not change."""
+
+    members: tuple[tuple[int, int], ...]  # trial and rung
+    steps: int = 0
+    stepping: bool = False  # whether a step has begun and not ended

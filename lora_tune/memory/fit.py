@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from lora_tune.catalog.gpus import find_gpu, load_gpus, nearest_gpus
-from lora_tune.errors import StudyFileError
+from lora_tune.catalog.gpus import load_gpus
 from lora_tune.memory.estimate import estimate_memory
 from lora_tune.memory.request import MemoryRequest
 from lora_tune.memory.shape import ModelShape
+from lora_tune.memory.verdict import find_device
 from lora_tune.records import MemoryEstimate
-from lora_tune.units import format_bytes, parse_bytes
+from lora_tune.units import format_bytes
 
 _SHORTEST_ADVICE = 64  # tokens; no training text is worth cutting further
 
@@ -29,19 +29,7 @@ def resolve_budget(gpu: str, *, safety: float, free_bytes: int) -> int:
     """
     if gpu.strip().casefold() == "auto":
         return int(free_bytes * safety)
-    size = parse_bytes(gpu)
-    if size is not None:
-        return int(size * safety)
-    try:
-        return int(find_gpu(gpu).usable_bytes * safety)
-    except StudyFileError as error:
-        near = nearest_gpus(gpu)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        known = ", ".join(row.name for row in load_gpus())
-        raise StudyFileError(
-            f'memory.gpu is "{gpu}", which is no GPU of the catalogue{hint} '
-            f'Write "auto", a size such as "24GiB", or one of: {known}.'
-        ) from error
+    return int(find_device(gpu, key="memory.gpu").usable_bytes * safety)
 
 
 def largest_that_fits(
@@ -109,7 +97,8 @@ def explain_no_fit(
         )
         if text
     ]
-    hint = f" {'; or '.join(advice)}." if advice else " Choose a smaller base model."
+    told = "; or ".join(advice) or "choose a smaller base model"
+    hint = f" {told[0].upper()}{told[1:]}."
     return (
         f"no trial fits: the smallest configuration ({configuration}) needs {format_bytes(peak)}, "
         f"the budget is {format_bytes(budget_bytes)} ({budget}).\n"

@@ -178,6 +178,12 @@ def _impossible(request: MemoryRequest, stack: Stack) -> str:
         return "autocast computes in 16 bit; with dtype float32 leave it out."
     if request.attention == "flash" and request.compute_dtype == "float32":
         return "FlashAttention has no float32 kernel. Use attention sdpa, or a 16-bit dtype."
+    widened = request.stack == "trainer-kbit" and request.quantization == "none"
+    if widened and request.attention == "flash" and not request.autocast:
+        return (
+            "FlashAttention's 16-bit output does not go into float32 weights without autocast. "
+            "Use attention sdpa, or autocast."
+        )
     if stack.own_engine:
         if request.autocast:
             return (

@@ -37,6 +37,8 @@ def print_report(
     for warning in summary.warnings:
         _say(console, f"Warning: {warning}", style="yellow")
     _say(console, _cost(summary))
+    if summary.memory is not None:
+        _say(console, f"Memory: {' '.join(wording.memory_sentences(summary))}")
     console.print()
     if summary.outcome is Outcome.FINISHED:
         _print_unbroken(console, f"Adapter: {snapshot.folder / 'adapter'}")

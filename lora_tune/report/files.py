@@ -1,4 +1,4 @@
-"""The files of a report: report.md, trials.csv and report.json, each replaced in one step."""
+"""The files of a report: report.md, report.json and tables as CSV, each replaced in one step."""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from lora_tune.files import write_text
 from lora_tune.records import EvalResult, StudySnapshot, TrialRecord
 from lora_tune.report import wording
 from lora_tune.report.markdown import render_markdown
+from lora_tune.report.memory import memory_frame
 from lora_tune.report.summary import summarize
 from lora_tune.report.tables import trials_frame
 
@@ -18,9 +19,9 @@ FORMAT_VERSION = 1
 
 
 def write_reports(snapshot: StudySnapshot) -> list[Path]:
-    """Write report.md, trials.csv and report.json into the study's folder.
+    """Write report.md, trials.csv, report.json and, after readings on a GPU, memory.csv.
 
-    All three are made before the first is written, and each replaces its predecessor in one
+    All are made before the first is written, and each replaces its predecessor in one
     step, so a reader never sees half a file.
 
     Returns:
@@ -31,6 +32,8 @@ def write_reports(snapshot: StudySnapshot) -> list[Path]:
         "trials.csv": trials_frame(snapshot).to_csv(index=False, lineterminator="\n"),
         "report.json": json.dumps(report_data(snapshot), indent=2, allow_nan=False) + "\n",
     }
+    if snapshot.memory.readings:
+        contents["memory.csv"] = memory_frame(snapshot).to_csv(index=False, lineterminator="\n")
     paths = []
     for name, text in contents.items():
         write_text(snapshot.folder / name, text)
@@ -50,6 +53,8 @@ def report_data(snapshot: StudySnapshot) -> dict[str, Any]:
       losses of single examples and training points stay in ``trials/NNNN/trial.json``.
     - ``confirmation``: null, or ``winner``, the evaluations of winner and base, and
       ``base_selection_loss``; intervals are in ``summary.confirmation``.
+    - ``memory``: ``readings``, each a measured pack and its estimate, and ``limits``, the times
+      that the lanes of a pack were lowered. Both are empty for a study on a CPU.
 
     Losses are nats per target token, ``*_s`` seconds, ``*_bytes`` bytes.
     """
@@ -68,6 +73,7 @@ def report_data(snapshot: StudySnapshot) -> dict[str, Any]:
             "base_evaluation": _evaluation(confirmation.base_evaluation),
             "base_selection_loss": confirmation.base_selection_loss,
         },
+        "memory": asdict(snapshot.memory),
     }
     plain: dict[str, Any] = _plain(data)
     return plain

@@ -10,9 +10,9 @@ from functools import cache
 
 import jinja2
 
-from lora_tune.records import StudySnapshot
+from lora_tune.records import LanePlan, StudySnapshot
 from lora_tune.report import formatting as fmt
-from lora_tune.report import wording
+from lora_tune.report import memory, wording
 from lora_tune.report.summary import ReportSummary, measured_peak, ranked, summarize
 from lora_tune.report.tables import TRIAL_COLUMNS
 from lora_tune.units import format_bytes, format_duration
@@ -107,6 +107,10 @@ def render_markdown(snapshot: StudySnapshot) -> str:
         trials=_trials(snapshot),
         rungs=_rungs(summary),
         memory=_memory(snapshot, summary),
+        memory_sentences=wording.memory_sentences(summary),
+        memory_spread=_memory_spread(summary),
+        memory_plot=_memory_plot(summary),
+        memory_packs=_memory_packs(snapshot),
         data=_data(snapshot),
         environment=_environment(snapshot),
         cost=_cost(summary),
@@ -210,7 +214,7 @@ def _memory(snapshot: StudySnapshot, summary: ReportSummary) -> Markdown:
     predicted = max((t.predicted_bytes for t in snapshot.trials if measured_peak(t)), default=0)
     kind = "peak allocated" if plan.device.startswith("cuda") else "resident memory"
     rows = [
-        ("budget", format_bytes(plan.budget_bytes)),
+        ("budget", _budget_text(plan)),
         ("highest prediction of a trained trial", fmt.format_memory(predicted)),
         (f"highest measured peak ({kind})", fmt.format_memory(summary.highest_peak_bytes)),
         ("lanes trained together", str(plan.lanes)),
@@ -223,6 +227,33 @@ def _memory(snapshot: StudySnapshot, summary: ReportSummary) -> Markdown:
         for name, speed in plan.tokens_per_s.items()
     ]
     return markdown_table(("memory and packing", "value"), rows)
+
+
+def _budget_text(plan: LanePlan) -> str:
+    text = format_bytes(plan.budget_bytes)
+    if not plan.capacity_bytes:
+        return text
+    share = fmt.format_percent(plan.budget_bytes / plan.capacity_bytes)
+    return f"{text} ({share} of {format_bytes(plan.capacity_bytes)})"
+
+
+def _memory_spread(summary: ReportSummary) -> Markdown | None:
+    if summary.memory is None or not summary.memory.spreads:
+        return None
+    return markdown_table(memory.SPREAD_HEADERS, memory.spread_rows(summary.memory))
+
+
+def _memory_plot(summary: ReportSummary) -> Markdown | None:
+    if summary.memory is None or not summary.memory.spreads:
+        return None
+    return code_block(memory.scatter_plot(summary.memory), "text")
+
+
+def _memory_packs(snapshot: StudySnapshot) -> Markdown | None:
+    readings = snapshot.memory.readings
+    if not readings:
+        return None
+    return markdown_table(memory.PACK_HEADERS, memory.pack_rows(readings))
 
 
 def _data(snapshot: StudySnapshot) -> Markdown:

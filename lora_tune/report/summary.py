@@ -21,6 +21,7 @@ from lora_tune.records import (
     TrialState,
 )
 from lora_tune.report import formatting as fmt
+from lora_tune.report.memory import MemorySummary, summarize_memory
 from lora_tune.report.statistics import Interval, ratio_estimate, spearman, t_quantile_975
 
 FAILED_STATES = frozenset({TrialState.DIVERGED, TrialState.INFEASIBLE, TrialState.FAILED})
@@ -135,6 +136,7 @@ class ReportSummary:
     steps_trained: int  # highest rung of each trial; re-trained cool-downs not counted
     steps_if_all_full: int
     highest_peak_bytes: int
+    memory: MemorySummary | None  # None: nothing was measured, as on a CPU
     warnings: tuple[str, ...]
 
 
@@ -176,6 +178,7 @@ def summarize(snapshot: StudySnapshot) -> ReportSummary:
         steps_trained=sum(t.steps for t in snapshot.trials),
         steps_if_all_full=len(snapshot.trials) * max(snapshot.lock.rungs, default=0),
         highest_peak_bytes=max((measured_peak(t) for t in snapshot.trials), default=0),
+        memory=summarize_memory(snapshot),
         warnings=_warnings(snapshot, leader),
     )
 
@@ -409,6 +412,12 @@ def _warnings(snapshot: StudySnapshot, leader: TrialRecord | None) -> tuple[str,
             f"The measured peak of {_named(over)} was above the budget of "
             f"{fmt.format_memory(budget)}."
         )
+    warnings += [
+        f"The lanes of a pack were lowered from {limit.lanes_before} to {limit.lanes} after "
+        f"{fmt.plural(limit.num_readings, 'pack')}: measured peaks may exceed the estimate by "
+        f"{fmt.format_percent(limit.margin)}."
+        for limit in snapshot.memory.limits
+    ]
     return tuple(warnings)
 
 

@@ -1,7 +1,9 @@
 """The sentences that console, Markdown and model card share. Plain text, not escaped."""
 
+from lora_tune.memory.calibration import QUANTILE, least_residuals
 from lora_tune.records import StudyLock
 from lora_tune.report import formatting as fmt
+from lora_tune.report.memory import MemorySummary, format_residual
 from lora_tune.report.statistics import Interval
 from lora_tune.report.summary import (
     ConfirmationSummary,
@@ -28,6 +30,41 @@ def recommendation(summary: ReportSummary) -> str:
             f"{settings}. It was not confirmed on unseen rows."
         )
     return f"{_verdict(summary, settings)} {confirmed_loss(summary.confirmation)}"
+
+
+def memory_sentences(summary: ReportSummary) -> list[str]:
+    """Return what the packs' measured memory says about the estimate; nothing without readings."""
+    memory = summary.memory
+    if memory is None:
+        return []
+    packs = fmt.plural(memory.num_readings, "pack")
+    if not memory.spreads:
+        return [f"{packs} measured, too short to say how good the estimate is."]
+    allocated = memory.spreads[0]
+    sentences = [
+        f"{packs} measured: peak allocated was {format_residual(allocated.lowest)} to "
+        f"{format_residual(allocated.highest)} off the estimate, median "
+        f"{format_residual(allocated.median)}.",
+        f"Safety margin: {fmt.format_percent(allocated.margin)}, {_margin_origin(memory)}.",
+    ]
+    if memory.num_out_of_memory:
+        sentences.append(f"Memory ran out in {fmt.plural(memory.num_out_of_memory, 'pack')}.")
+    if memory.supported_safety is not None:
+        sentences.append(
+            "What the process took, cached blocks included, supports memory.safety up to "
+            f"{memory.supported_safety:.3f} for such packs."
+        )
+    return sentences
+
+
+def _margin_origin(memory: MemorySummary) -> str:
+    share = fmt.format_percent(QUANTILE)
+    if not memory.margin_is_prior:
+        return f"which covers {share} of such packs by the study's own residuals"
+    needed = f"{least_residuals()} packs are needed for a margin of {share} of their own"
+    if memory.spreads[0].margin > memory.prior_margin:
+        return f"the largest residual; {needed}"
+    return f"that of memory.safety; {needed}"
 
 
 def settings_text(summary: ReportSummary) -> str:

@@ -128,10 +128,44 @@ class Gate:
 
     def predict(self, config: TrialConfig, plan: PackPlan, *, lanes: int) -> tuple[int, int]:
         """Return the predicted peak of a pack of ``lanes`` such lanes, and one lane's parameters."""
-        lane = LaneShape(
-            rank=config.rank, targets=config.target_modules, lora_dropout=config.lora_dropout
-        )
+        lane = _lane_shape(config)
         return self._peak(plan, lane, lanes), trainable_parameters(self.shape, lane)
+
+    def predict_pack(
+        self,
+        configs: Sequence[TrialConfig],
+        plan: PackPlan,
+        *,
+        max_length: int,
+        label_fraction: float,
+    ) -> MemoryEstimate:
+        """Return the estimate of a pack as it trained, to be compared with what was measured.
+
+        Args:
+            configs: Lane by lane.
+            plan: How the pack trains.
+            max_length: Padded length of its longest batch.
+            label_fraction: Label positions of its largest pass, as a share of that pass' tokens.
+        """
+        return self._estimate(
+            plan,
+            tuple(_lane_shape(config) for config in configs),
+            max_length=max_length,
+            label_fraction=label_fraction,
+        )
+
+    def most_lanes_within(
+        self, budget_bytes: int, plan: PackPlan, target_sets: Sequence[TargetSet]
+    ) -> int:
+        """Return how many lanes of the largest configuration fit a corrected budget, at least 1.
+
+        Never more than the plan has. A lone lane is always tried: what became of it is the answer.
+        """
+        largest = self._largest_lane(target_sets)
+        for lanes in range(plan.most_lanes, 1, -1):
+            if self._peak(plan, largest, lanes) <= budget_bytes:
+                return lanes
+        return 1
 
     def _with_most_lanes(self, plan: PackPlan, largest: LaneShape) -> PackPlan:
         if self.spec.run.lanes != "auto":
@@ -142,14 +176,26 @@ class Gate:
         return replace(plan, most_lanes=lanes)
 
     def _peak(self, plan: PackPlan, lane: LaneShape, lanes: int) -> int:
+        return self._estimate(plan, (lane,) * lanes).peak_allocated_bytes
+
+    def _estimate(
+        self,
+        plan: PackPlan,
+        lanes: tuple[LaneShape, ...],
+        *,
+        max_length: int | None = None,
+        label_fraction: float = 1.0,
+    ) -> MemoryEstimate:
         request = replace(
             self._request,
-            lanes=(lane,) * lanes,
+            lanes=lanes,
             micro_batch_size=plan.micro_batch_size,
+            max_length=max_length or self._request.max_length,
+            label_fraction=label_fraction,
             gradient_checkpointing=plan.gradient_checkpointing,
             gradient_accumulation=plan.micro_batch_size < self.spec.train.effective_batch_size,
         )
-        return estimate_memory(self.shape, request).peak_allocated_bytes
+        return estimate_memory(self.shape, request)
 
     def _largest_lane(self, target_sets: Sequence[TargetSet]) -> LaneShape:
         """Return the lane that needs most memory of all that the space can propose."""
@@ -200,6 +246,12 @@ class Gate:
         return trainable_parameters(
             self.shape, LaneShape(rank=rank, targets=modules, lora_dropout=0.0)
         )
+
+
+def _lane_shape(config: TrialConfig) -> LaneShape:
+    return LaneShape(
+        rank=config.rank, targets=config.target_modules, lora_dropout=config.lora_dropout
+    )
 
 
 def resolve_sets(

@@ -8,6 +8,7 @@ reports/<study>/
   trials/NNNN/       trial.json and one folder a rung: adapter and lane state
   confirmation.json  winner and untuned base on the confirmation split
   runtime.json       seconds spent by all runs so far
+  memory.json        predicted and measured peaks of the packs that ran on a GPU
   adapter/           the winner
 """
 
@@ -24,7 +25,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from lora_tune.errors import StoreError
 from lora_tune.files import write_text
-from lora_tune.records import Confirmation, StudyLock, StudySnapshot, TrialRecord
+from lora_tune.records import (
+    NO_READINGS,
+    Confirmation,
+    MemoryLog,
+    StudyLock,
+    StudySnapshot,
+    TrialRecord,
+)
 
 STUDY_FILE = "study.toml"
 LOCK_FILE = "study.lock.json"
@@ -32,6 +40,7 @@ DATABASE = "study.db"
 OWNER_FILE = "owner.lock"
 CONFIRMATION_FILE = "confirmation.json"
 RUNTIME_FILE = "runtime.json"
+MEMORY_FILE = "memory.json"
 
 T = TypeVar("T")
 
@@ -127,6 +136,15 @@ class StudyFolder:
         path = self.path / RUNTIME_FILE
         return _load(path, _Runtime).wall_s if path.exists() else 0.0
 
+    def save_memory(self, log: MemoryLog) -> None:
+        """Write all that was measured of the packs' memory."""
+        write_text(self.path / MEMORY_FILE, _dump(log))
+
+    def load_memory(self) -> MemoryLog:
+        """Return what was measured of the packs' memory; empty on a CPU, and in older studies."""
+        path = self.path / MEMORY_FILE
+        return _load(path, MemoryLog) if path.exists() else NO_READINGS
+
     def snapshot(self) -> StudySnapshot:
         """Return all that a report may use.
 
@@ -145,6 +163,7 @@ class StudyFolder:
             trials=tuple(self.load_trials()),
             confirmation=self.load_confirmation(),
             wall_s=self.load_runtime(),
+            memory=self.load_memory(),
         )
 
 

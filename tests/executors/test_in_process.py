@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora_tune.engine.adapter_files import WEIGHTS_FILE
 from lora_tune.engine.base import BaseModel, load_base_model
+from lora_tune.engine.batches import rows_of_step
 from lora_tune.engine.lane import STATE_FILE, Lane
 from lora_tune.engine.lora import LaneAdapter
+from lora_tune.engine.memory_reading import HostMeter
 from lora_tune.engine.pack import PackSettings, TrialPack
 from lora_tune.executors.in_process import MAX_POINTS, InProcessExecutor, is_out_of_memory
 from lora_tune.files import is_complete
@@ -91,10 +94,13 @@ def executor_of(base: BaseModel, splits: dict[str, Any]) -> Callable[..., InProc
         lanes: int = 2,
         pack: type[TrialPack] = TrialPack,
         on: BaseModel | None = None,
+        meter: Any = None,
         **keys: Any,
     ) -> InProcessExecutor:
         trial_pack = pack(on or base, splits["train"], SETTINGS)
-        return InProcessExecutor(trial_pack, splits, lanes=lanes, base_model=None, **keys)
+        return InProcessExecutor(
+            trial_pack, splits, lanes=lanes, base_model=None, meter=meter or HostMeter(), **keys
+        )
 
     return make
 
@@ -556,3 +562,111 @@ def test_long_segments_keep_evenly_spaced_readings_and_the_last(executor_of) -> 
     assert steps[-1] == job.end_step
     assert len(set(np.diff(steps))) == 1
     assert outcome.num_tokens == 5 * job.end_step  # thinned readings lose no token
+
+
+# What packs take, with a meter that replays numbers.
+
+
+def test_peaks_are_read_once_for_all_steps_of_the_same_lanes(executor_of, replay_meter) -> None:
+    meter = replay_meter(10_000, [(10, 20, 30), (11, 21, 31), (12, 22, 32)])
+    executor = executor_of(lanes=2, meter=meter)
+    finish(executor, [make_job(0, steps=6), make_job(1, steps=2), make_job(2, steps=3)])
+    peaks = executor.take_pack_peaks()
+    assert [(peak.trials, peak.steps) for peak in peaks] == [((0, 1), 2), ((0, 2), 3), ((0,), 1)]
+    assert [(p.allocated_bytes, p.reserved_bytes, p.process_bytes) for p in peaks] == meter.replayed
+    assert {(peak.device, peak.free_bytes) for peak in peaks} == {("Replay 9000", 10_000)}
+    assert [peak.outside_bytes for peak in peaks] == [10, 10, 10]
+    assert not any(peak.out_of_memory for peak in peaks)
+    assert executor.take_pack_peaks() == []
+
+
+def test_a_pack_s_sizes_are_those_of_the_largest_pass_that_it_saw(
+    executor_of, replay_meter, splits
+) -> None:
+    executor = executor_of(lanes=2, meter=replay_meter(10_000, [(10, 20, 30)]))
+    jobs = [make_job(0, steps=3), make_job(1, steps=3)]
+    finish(executor, jobs)
+    [peak] = executor.take_pack_peaks()
+    passes = []  # by hand: the rows of three steps, sorted by length, two rows a lane and pass
+    for step in (1, 2, 3):
+        numbers = rows_of_step(32, step=step, batch_size=4, data_seed=7)
+        rows = sorted((splits["train"][n] for n in numbers), key=lambda r: -len(r.input_ids))
+        passes += [rows[:2], rows[2:]]
+    assert peak.rows == 4
+    assert peak.max_length == max(len(row.input_ids) for rows in passes for row in rows)
+    assert peak.num_labels == 2 * max(sum(row.num_labels for row in rows) for rows in passes)
+
+
+def test_a_lane_s_peak_is_that_of_its_own_packs(executor_of, replay_meter) -> None:
+    # the meter shows 1 in the first stretch, 2 in the second, 3 in the third
+    executor = executor_of(lanes=2, meter=replay_meter(10_000, [(10, 20, 30)]))
+    outcomes = finish(executor, [make_job(0, steps=3), make_job(1, steps=1), make_job(2, steps=4)])
+    assert {trial: outcome.peak_bytes for trial, outcome in outcomes.items()} == {0: 2, 1: 1, 2: 3}
+
+
+def test_a_job_that_is_only_evaluated_has_no_part_in_earlier_peaks(
+    executor_of, replay_meter
+) -> None:
+    executor = executor_of(lanes=1, meter=replay_meter(10_000, [(10, 20, 30)]))
+    untuned = make_job(7, config=None, end_step=0, hold_step=0)
+    outcomes = finish(executor, [make_job(0), untuned])
+    assert outcomes[7].peak_bytes == 2  # a restart of its own
+    assert [peak.trials for peak in executor.take_pack_peaks()] == [(0,)]
+
+
+def test_a_pack_that_runs_out_of_memory_while_training_is_recorded(
+    executor_of, replay_meter
+) -> None:
+    meter = replay_meter(10_000, [(90, 95, 99), (10, 20, 30)])
+    executor = executor_of(lanes=2, meter=meter, pack=small_memory(1, "training"))
+    finish(executor, [make_job(0, steps=3), make_job(1, steps=3)])
+    first, *rest = executor.take_pack_peaks()
+    # lanes[0].step > 1 after the second step, which therefore never ends
+    assert (first.trials, first.steps, first.out_of_memory) == ((0, 1), 1, True)
+    assert first.max_length > 0
+    assert [(peak.trials, peak.out_of_memory) for peak in rest] == [((0,), False), ((1,), False)]
+
+
+@pytest.mark.parametrize("where", ["joining", "evaluation"])
+def test_running_out_of_memory_outside_a_step_says_nothing_of_the_estimate(
+    executor_of, replay_meter, where: str
+) -> None:
+    meter = replay_meter(10_000, [(10, 20, 30)])
+    executor = executor_of(lanes=2, meter=meter, pack=small_memory(1, where))
+    finish(executor, [make_job(0, steps=2), make_job(1, steps=2)])
+    peaks = executor.take_pack_peaks()
+    assert {trial for peak in peaks for trial in peak.trials} == {0, 1}
+    assert not any(peak.out_of_memory for peak in peaks)
+
+
+def test_lowered_lanes_let_running_ones_finish_and_no_more_join(executor_of) -> None:
+    executor = executor_of(lanes=3)
+    sizes: list[int] = []
+    executor.on_step = lambda: sizes.append(len(executor.readings()))
+    for trial in range(3):
+        executor.submit(make_job(trial, steps=2 + trial))
+    executor.wait()
+    executor.max_lanes = 1
+    assert executor.free_slots == 0
+    executor.submit(make_job(3, steps=2))
+    while executor.busy:
+        executor.wait()
+    assert sizes == [3, 3, 2, 1, 1, 1]
+
+
+def test_halving_never_raises_lanes_that_were_lowered(executor_of) -> None:
+    executor = executor_of(lanes=4, pack=small_memory(3, "training"))
+    for trial in range(4):
+        executor.submit(make_job(trial, steps=3))
+    executor.on_step = lambda: setattr(executor, "max_lanes", 1)
+    while executor.busy:
+        executor.wait()
+    assert executor.max_lanes == 1
+
+
+def test_a_cpu_has_no_peaks_of_packs(executor_of) -> None:
+    executor = executor_of(lanes=2)
+    outcomes = finish(executor, [make_job(0), make_job(1)])
+    assert executor.take_pack_peaks() == []
+    resident = psutil.Process().memory_info().rss
+    assert all(resident / 4 < outcome.peak_bytes < resident * 4 for outcome in outcomes.values())

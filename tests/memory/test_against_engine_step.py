@@ -19,6 +19,7 @@ from lora_tune.memory.estimate import estimate_memory
 from lora_tune.memory.request import LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape
 from lora_tune.records import LaneJob, TokenizedRow, TrialConfig
+from lora_tune.trace.tracker import adds_up_gradients
 
 ROWS, LENGTH = 2, 128
 QV = ("q_proj", "v_proj")
@@ -43,6 +44,8 @@ class StorageCounter(TorchDispatchMode):
         self.total = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.add.Tensor and adds_up_gradients(args):
+            return args[0].add_(args[1])
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):

@@ -4,8 +4,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from lora_tune.memory.request import resolve_request
 from lora_tune.memory.shape import ModelShape
-from lora_tune.memory.terms import base_tensor_bytes, nf4_tensor_bytes, rounded
+from lora_tune.memory.terms import base_tensors, book, nf4_tensor_bytes
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -35,12 +36,28 @@ def test_nf4_bytes_equal_a_really_quantized_weight(outs: int, ins: int) -> None:
     assert nf4_tensor_bytes(outs * ins) == real
 
 
-def base_bytes(quantization: str, compute_dtype: str) -> tuple[int, int]:
-    tensors = base_tensor_bytes(
-        ModelShape.from_config(LLAMA_8B), quantization=quantization, compute_dtype=compute_dtype
+@pytest.mark.parametrize(("outs", "ins"), [(64, 64), (33, 70), (1024, 4096)])
+def test_single_quantization_bytes_equal_a_really_quantized_weight(outs: int, ins: int) -> None:
+    weight = torch.randn(outs, ins, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+    assert not state.nested
+    real = (packed.nbytes, state.absmax.nbytes, state.code.nbytes)
+    assert nf4_tensor_bytes(outs * ins, nested=False) == real
+
+
+def base_bytes(quantization: str, compute_dtype: str, stack: str = "trainer") -> tuple[int, int]:
+    request = resolve_request(
+        stack=stack,
+        quantization=quantization,
+        compute_dtype=compute_dtype,
+        lanes=(),
+        micro_batch_size=1,
+        max_length=1,
+        gradient_checkpointing=True,
+        gradient_accumulation=False,
     )
-    exact = sum(size * count for size, count in tensors)
-    return exact, sum(rounded(size) * count for size, count in tensors)
+    booked = book(base_tensors(ModelShape.from_config(LLAMA_8B), request))
+    return booked.size, booked.size + booked.rounding
 
 
 def test_llama_8b_in_nf4_is_the_sum_done_by_hand() -> None:
@@ -56,3 +73,9 @@ def test_an_unquantized_base_is_its_parameters_in_the_compute_type() -> None:
     parameters = 8_030_261_248  # Llama-3.1-8B
     assert base_bytes("none", "bfloat16")[0] == 2 * parameters
     assert base_bytes("none", "float32")[0] == 4 * parameters
+
+
+def test_kbit_preparation_widens_all_that_is_not_quantized() -> None:
+    more = base_bytes("nf4", "bfloat16", "trainer-kbit")[0] - base_bytes("nf4", "bfloat16")[0]
+    assert more == 2_101_346_304 + 532_480
+    assert base_bytes("none", "bfloat16", "trainer-kbit")[0] == 4 * 8_030_261_248

@@ -102,7 +102,7 @@ def test_no_fit_names_the_largest_terms_and_what_would_help() -> None:
 def test_no_length_helps_when_the_base_alone_is_too_large() -> None:
     message = explained(4 * GIB)
     assert "max_length" not in message
-    assert "choose a larger GPU" in message
+    assert "Choose a larger GPU" in message
 
 
 def test_when_no_gpu_is_large_enough_a_smaller_model_is_advised() -> None:

@@ -73,6 +73,7 @@ def test_report_json_has_the_documented_parts_without_losses_of_single_examples(
         "lock",
         "trials",
         "confirmation",
+        "memory",
     ]
     assert data["format_version"] == 1
     assert data["summary"]["winner"] == 7

@@ -4,8 +4,12 @@ from lora_tune.records import (
     Confirmation,
     DataFingerprint,
     EvalResult,
+    LaneLimit,
     LanePlan,
+    MemoryLog,
+    MemoryReading,
     ModelIdentity,
+    PackPeak,
     Point,
     RungResult,
     StudyLock,
@@ -149,3 +153,24 @@ def confirmation(base_selection_loss: float | None = 2.851) -> Confirmation:
         base_evaluation=evaluation("confirmation"),
         base_selection_loss=base_selection_loss,
     )
+
+
+def memory_log() -> MemoryLog:
+    reading = MemoryReading(
+        measured=PackPeak(
+            device="NVIDIA L4",
+            trials=(0, 1),
+            steps=25,
+            rows=16,
+            max_length=241,
+            num_labels=1_702,
+            allocated_bytes=3 * GIB + 17,
+            reserved_bytes=3 * GIB + 4096,
+            process_bytes=4 * GIB,
+            free_bytes=22 * GIB,
+        ),
+        predicted_allocated_bytes=3 * GIB,
+        predicted_reserved_bytes=3 * GIB + 1,
+    )
+    limit = LaneLimit(num_readings=1, margin=1 / 3, budget_bytes=20 * GIB, lanes_before=4, lanes=2)
+    return MemoryLog(readings=(reading, reading), limits=(limit,))

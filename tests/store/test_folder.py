@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from study_records import confirmation, evaluation, study_lock, trial_record
+from study_records import confirmation, evaluation, memory_log, study_lock, trial_record
 
 from lora_tune.errors import StoreError
-from lora_tune.records import StudySnapshot, TrialState
+from lora_tune.records import NO_READINGS, StudySnapshot, TrialState
 from lora_tune.store.folder import LOCK_FILE, OWNER_FILE, StudyFolder
 
 HOLDER = """
@@ -101,6 +101,25 @@ def test_the_snapshot_is_the_whole_study(store: StudyFolder) -> None:
     assert store.snapshot() == wanted
     store.save_confirmation(confirmation())
     assert store.snapshot() == replace(wanted, confirmation=confirmation())
+    store.save_memory(memory_log())
+    assert store.snapshot() == replace(wanted, confirmation=confirmation(), memory=memory_log())
+
+
+def test_memory_readings_are_read_back_as_they_were_written(store: StudyFolder) -> None:
+    assert store.load_memory() == NO_READINGS
+    store.save_memory(memory_log())
+    assert store.load_memory() == memory_log()
+
+
+def test_a_study_of_before_the_readings_still_loads(store: StudyFolder) -> None:
+    store.save_lock(study_lock())
+    path = store.path / LOCK_FILE
+    lock = json.loads(path.read_text(encoding="utf-8"))
+    del lock["plan"]["capacity_bytes"]
+    path.write_text(json.dumps(lock), encoding="utf-8")
+    snapshot = store.snapshot()
+    assert snapshot.lock == study_lock()
+    assert (snapshot.lock.plan.capacity_bytes, snapshot.memory) == (0, NO_READINGS)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -123,8 +142,9 @@ def test_a_damaged_record_is_named_by_its_path(store: StudyFolder, damage: str) 
     store.save_trial(trial_record(0))
     store.save_confirmation(confirmation())
     store.save_runtime(1.0)
+    store.save_memory(memory_log())
     files = [path for path in store.path.rglob("*.json") if path.is_file()]
-    assert len(files) == 4
+    assert len(files) == 5
     for path in files:
         good = path.read_bytes()
         path.write_text(damage, encoding="utf-8")

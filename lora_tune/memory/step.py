@@ -1,0 +1,302 @@
+"""A whole training step on a ledger: layers, head, loss, backward, optimizer, by stack.
+
+Of L layers only the first, the second and the last are gone through; what those between keep is
+booked at once. Memory rises to the loss and falls after it, and between layers that are alike
+every reading is linear in the layer's number, so that the largest is at an end.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lora_tune.memory import experts
+from lora_tune.memory.heads import HEADS
+from lora_tune.memory.layers import LAYERS
+from lora_tune.memory.ledger import GRADIENT, Block, Book, Gradient, RecordingBook, Value
+from lora_tune.memory.linears import begin_backward
+from lora_tune.memory.ops import Numbers, Ops, Site
+from lora_tune.memory.request import DTYPE_BYTES, MemoryRequest
+from lora_tune.memory.shape import ModelShape, adapted_copies
+
+
+class Peak(NamedTuple):
+    """The most that a step holds beside the static bytes, and what it is made of."""
+
+    phase: str
+    activations: int
+    logits_and_loss: int
+    gradients: int
+
+
+class _Stretch(NamedTuple):
+    """Layers in a row that are like the one before them."""
+
+    end: int  # length of the tape after that one
+    kept: list[Block]
+    layers: int
+
+
+class Kinds(NamedTuple):
+    """Whether the layers' attention gets a mask: the first, those between by kind, the last."""
+
+    first: bool
+    middle: tuple[tuple[bool, int], ...]
+    last: bool | None  # None: there is one layer only
+
+
+def layer_kinds(shape: ModelShape, request: MemoryRequest, *, each: bool = False) -> Kinds:
+    """Return which layers' attention gets a mask: those between counted by kind, or ``each``.
+
+    FlashAttention itself takes lengths and windows.
+
+    Padded rows do in the trainers (ours pads on the right, where the causal mask is enough), and
+    rows that reach a layer's sliding window. Source: transformers ``masking_utils.py``,
+    ``_ignore_causal_mask_sdpa``.
+    """
+    takes_masks = request.attention != "flash"
+    always = shape.model_type == "falcon"
+    padded = always or (takes_masks and request.padded and request.stack != "lora-tune")
+    window = shape.sliding_window
+    slides = takes_masks and window is not None and request.max_length >= window
+    layers = [
+        padded or (slides and is_sliding(shape, number)) for number in range(shape.num_layers)
+    ]
+    middle = layers[1:-1]
+    counts = [(masked, 1) for masked in middle] if each else sorted(Counter(middle).items())
+    return Kinds(
+        first=layers[0],
+        middle=tuple(counts),
+        last=layers[-1] if len(layers) > 1 else None,
+    )
+
+
+def is_sliding(shape: ModelShape, number: int) -> bool:
+    """Say whether a layer's attention slides: in periods the last of each is full."""
+    sliding, layers = shape.num_sliding_layers, shape.num_layers
+    if sliding in (0, layers):
+        return sliding == layers
+    if shape.layer_period < layers:
+        return bool((number + 1) % shape.layer_period)
+    return number >= layers - sliding
+
+
+class Step:
+    """One micro-batch forward and backward."""
+
+    def __init__(self, shape: ModelShape, request: MemoryRequest, book: Book | None = None) -> None:
+        """Prepare the step on a book; with a ``RecordingBook`` every layer is gone through."""
+        self.shape, self.request = shape, request
+        e = DTYPE_BYTES[request.compute_dtype]
+        rows = request.micro_batch_size * len(request.lanes)
+        labels = min(round(request.label_fraction * request.max_length), request.max_length - 1)
+        self.numbers = Numbers(
+            rows=rows,
+            length=request.max_length,
+            lanes=len(request.lanes),
+            label_tokens=rows * max(1, labels),  # the first token of a row is never one
+            chunk_tokens=request.chunk_tokens,
+            compute_e=e,
+            weight_e=4 if request.stack == "trainer-kbit" else e,
+            adapter_e=DTYPE_BYTES[request.adapter_dtype],
+            other_half=sorted((request.adapter_dtype, request.compute_dtype))
+            == ["bfloat16", "float16"],
+            half_softmax=request.compute_dtype == "float16"
+            and request.compute_capability is not None,
+            autocast=request.autocast,
+            packed=request.stack == "lora-tune",
+            grouped=request.grouped,
+            attention=request.attention,
+            padded=request.padded,
+            norm="gemma" if shape.norm_offset else shape.norm,
+            activation=shape.activation,
+            compute_capability=request.compute_capability,
+            accumulates=request.gradient_accumulation,
+            outputs_held=request.outputs_held,
+        )
+        self.book = Book() if book is None else book
+        self.ops = Ops(self.book, self.numbers)
+        self.layer = LAYERS[shape.model_type]
+        self.head = HEADS[request.stack]
+        self.sites = self._sites()
+        self.kinds = layer_kinds(shape, request, each=isinstance(book, RecordingBook))
+        self.kept_embedding: Block | None = None
+        self.last = next((site for site in self.sites.values() if site.last), None)
+
+    def run(self) -> Peak:
+        """Go through the step and return its peak."""
+        book = self.book
+        book.phase = "forward"
+        table = self.numbers.weight_e * self.numbers.length * self.shape.rotary_dim
+        pairs = self.shape.num_rotary_tables  # of cosines and sines, shared by the layers
+        tables = [book.hold(table) for _ in range(2 * pairs)]
+        masks = self._masks()
+        if not self.request.gradient_checkpointing:
+            self.ops.embeddings += masks
+            masks.clear()
+        if self.request.gradient_checkpointing:
+            self._checkpointed()
+        else:
+            self._kept()
+        tables.clear()
+        activation, logits, gradient = book.peak_kinds
+        return Peak(book.peak_phase, activation, logits, gradient)
+
+    def _masks(self) -> list[Block]:
+        """Book the masks: a byte per pair of positions, per row when rows are padded.
+
+        Eager attention adds a mask in the embeddings' type, one per row and kind of layer, always.
+        """
+        n, kinds, shape = self.numbers, self.kinds, self.shape
+        if n.attention == "eager" or (shape.attention_softcap and n.attention != "flash"):
+            mixed = 0 < shape.num_sliding_layers < shape.num_layers
+            size = n.weight_e * n.rows * n.length**2
+            return [self.book.hold(size) for _ in range(2 if mixed else 1)]
+        if not any((kinds.first, kinds.last, *(masked for masked, _ in kinds.middle))):
+            return []
+        rows = n.rows if self.request.padded and not n.packed else 1
+        return [self.book.hold(rows * n.length**2)]
+
+    def _ends_in_linear(self) -> bool:
+        """Say whether nothing but a sum follows the last linear layer of a decoder layer."""
+        shape = self.shape
+        drops = shape.hidden_dropout > 0 and not self.numbers.packed
+        return not shape.sandwich_norms and not drops and not shape.num_experts
+
+    def _sites(self) -> Mapping[str, Site]:
+        copies = [adapted_copies(self.shape, lane.targets) for lane in self.request.lanes]
+        quantized = self.request.quantization != "none" and self.shape.quantizable
+        lanes = self.request.lanes
+        last = self.shape.layer_linears[-1].name if self._ends_in_linear() else ""
+        return {
+            linear.name: Site(
+                inputs=linear.in_features,
+                outputs=linear.out_features,
+                quantized=quantized,
+                nested=self.request.quantization == "nf4",
+                ranks=tuple(
+                    lane.rank if counts[i] else 0
+                    for lane, counts in zip(lanes, copies, strict=True)
+                ),
+                dropouts=tuple(
+                    lane.lora_dropout > 0 and bool(counts[i])
+                    for lane, counts in zip(lanes, copies, strict=True)
+                ),
+                last=linear.name == last,
+            )
+            for i, linear in enumerate(self.shape.layer_linears)
+        }
+
+    def _kept(self) -> None:
+        """Everything is kept until its backward."""
+        book, kinds = self.book, self.kinds
+        hidden = [self._layer(self._embedding(), kinds.first)]
+        between = []
+        for masked, count in kinds.middle:
+            before = book.now
+            hidden = [self._layer(hidden.pop(), masked)]
+            bulk = [book.hold((book.now - before) * (count - 1))]
+            between.append(_Stretch(len(book.tape), bulk, count - 1))
+        if kinds.last is not None:
+            hidden = [self._layer(hidden.pop(), kinds.last)]
+        self.head(self.ops, self.shape, hidden)
+        self._back(between)
+
+    def _checkpointed(self) -> None:
+        """Each layer keeps its input and is computed again in backward.
+
+        Source: torch ``utils/checkpoint.py``, the non-reentrant form.
+        """
+        book, ops, kinds = self.book, self.ops, self.kinds
+        ops.cache = [] if self.numbers.autocast else None
+        hidden = self._checkpointed_layer(self._embedding(), kinds.first)
+        copies = sum(block.size for block in ops.cache or ())
+        between = []
+        for masked, count in kinds.middle:
+            hidden = self._checkpointed_layer(hidden, masked)
+            bulk = [book.hold(hidden.block.size * (count - 1))]
+            between.append(_Stretch(len(book.tape), bulk, count - 1))
+            if ops.cache is not None:
+                ops.cache.append(book.hold(copies * (count - 1)))
+        out = [hidden]
+        if kinds.last is not None:
+            out = [self._checkpointed_layer(hidden, kinds.last)]
+        del hidden
+        self.head(ops, self.shape, out)
+        self._back(between)
+
+    def _back(self, between: list["_Stretch"]) -> None:
+        """Run backward; layers that were not gone through leave their gradients and what they kept."""
+        book = self.book
+        book.phase = "backward"
+        rest, per_layer = [], 0
+        for stretch in reversed(between):
+            book.run_backward(stretch.end)
+            per_layer = per_layer or sum(block.size for block in self.ops.gradients)
+            stretch.kept.clear()
+            rest.append(book.hold(per_layer * stretch.layers, GRADIENT))
+        book.run_backward()
+
+    def _embedding(self) -> Value:
+        n = self.numbers
+        shape, book, ops, request = self.shape, self.book, self.ops, self.request
+        size = n.weight_e * n.tokens * shape.hidden
+        block = book.hold(size)
+        node = None
+        if request.gradient_checkpointing and request.stack in ("trl", "trainer-kbit"):
+            node = book.node(_stop)  # enable_input_require_grads
+        ops.embeddings.append(block)
+        if shape.embed_scale:
+            block = book.hold(size)
+            ops.embeddings = [block]
+        if shape.learned_positions:
+            ops.embeddings.append(book.hold(n.weight_e * n.length * shape.hidden))
+            if request.gradient_checkpointing:
+                self.kept_embedding = block  # traced: GPT-2's stays referred to
+            block = book.hold(size)
+        hidden = Value(block, n.weight_e, node)
+        del block
+        return ops.base_dropout(hidden, shape.hidden, shape.embedding_dropout)
+
+    def _layer(self, hidden: Value, masked: bool) -> Value:
+        out = self.layer(self.ops, self.shape, self.sites, hidden, masked)
+        self.ops.named.clear()
+        return out
+
+    def _checkpointed_layer(self, hidden: Value, masked: bool) -> Value:
+        book, ops = self.book, self.ops
+        book.grad_enabled = False
+        out = self._layer(hidden, masked)
+        book.grad_enabled = True
+
+        out_e = out.e
+
+        def backward(gradient: Gradient) -> None:
+            mark = len(book.tape)
+            if self.shape.num_experts:
+                experts.begin_backward(ops, self.shape, gradient[0])
+            elif self.shape.sandwich_norms and out_e != 4:
+                ops.begun.append(book.hold(2 * gradient[0].size))  # cast back to the norm's float32
+            elif self.last is not None:
+                begin_backward(ops, self.last, gradient[0])
+            # The sums at the layer's end need nothing kept either: under autocast the attention's
+            # share of the gradient is cast before the layer is computed again.
+            narrows = self.shape.parallel_residual and ops.n.autocast and out_e == 4
+            early = book.hold(gradient[0].size // 2) if narrows else None
+            ops.recomputing = True
+            again = self._layer(hidden, masked)
+            ops.recomputing = book.stopped = False
+            del early
+            node = again.node
+            assert node is not None
+            again.block = gradient[0]
+            node.gradient = gradient.pop()
+            del again
+            book.run_backward(mark)
+
+        out.node = book.node(backward)
+        return out
+
+
+def _stop(gradient: Gradient) -> None:
+    """Take the gradient of the embedding's output, which goes nowhere."""
+    gradient.clear()

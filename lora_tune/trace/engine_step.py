@@ -1,0 +1,100 @@
+"""Our engine's own step: its base model, layers, loss and pack, on the meta device."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_tune.engine.base import BaseModel
+from lora_tune.engine.batches import Batch
+from lora_tune.engine.lane import Lane
+from lora_tune.engine.lora import LaneAdapter
+from lora_tune.engine.pack import PackSettings, TrialPack
+from lora_tune.memory.request import LaneShape, MemoryRequest
+from lora_tune.records import LaneJob, LinearShape, TokenizedRow, TrialConfig
+from lora_tune.trace.step import Setting
+from lora_tune.trace.tracker import StorageTracker
+
+IGNORED = -100
+
+
+class TracedPack(TrialPack):
+    """The engine's pack; what it makes of the batch is booked as inputs."""
+
+    tracker: StorageTracker
+
+    def _pack_rows(self, lane_rows: Sequence[Sequence[TokenizedRow]]) -> tuple[Batch, Tensor]:
+        with self.tracker.category("inputs"):
+            return super()._pack_rows(lane_rows)
+
+
+def build_pack(base: BaseModel, request: MemoryRequest, tracker: StorageTracker) -> TracedPack:
+    """Return the pack with one micro-batch of equal rows per step."""
+    base.set_gradient_checkpointing(request.gradient_checkpointing)
+    labels = labels_per_row(request)
+    row = TokenizedRow(
+        input_ids=(0,) * request.max_length,
+        labels=(IGNORED,) * (request.max_length - labels) + (0,) * labels,
+    )
+    settings = PackSettings(
+        effective_batch_size=request.micro_batch_size,
+        micro_batch_size=request.micro_batch_size,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        grouped=request.grouped,
+    )
+    pack = TracedPack(base, (row,) * request.micro_batch_size, settings)
+    pack.tracker = tracker
+    return pack
+
+
+def labels_per_row(request: MemoryRequest) -> int:
+    """Return the label positions of a row: a share of its tokens, the first never being one."""
+    wanted = round(request.label_fraction * request.max_length)
+    return max(1, min(wanted, request.max_length - 1))
+
+
+def empty_lane(
+    shape: LaneShape, linears: Sequence[LinearShape], modules: Sequence[str], device: str
+) -> Lane:
+    """Return a lane whose float32 matrices have no values that matter."""
+    config = TrialConfig(
+        rank=shape.rank,
+        lora_alpha=2.0 * shape.rank,
+        lora_dropout=shape.lora_dropout,
+        target_set="traced",
+        target_modules=tuple(modules),
+        learning_rate=1e-3,
+    )
+    by_name = {linear.name: linear for linear in linears}
+    weights = {
+        name: (
+            _matrix(shape.rank, by_name[name].in_features, device),
+            _matrix(by_name[name].out_features, shape.rank, device),
+        )
+        for name in modules
+    }
+    job = LaneJob(
+        trial=0,
+        rung=0,
+        config=config,
+        start_step=0,
+        hold_step=1,
+        end_step=1,
+        warmup_steps=0,
+        eval_split="selection",
+        eval_dtype="train",
+        start_folder=None,
+        result_folder=None,
+    )
+    return Lane(job=job, adapter=LaneAdapter(config, weights), optimizer=None, step=0)
+
+
+def _matrix(rows: int, columns: int, device: str) -> Tensor:
+    return torch.zeros((rows, columns), device=device).requires_grad_()
+
+
+def engine_step(pack: TracedPack, lanes: Sequence[Lane], setting: Setting) -> None:
+    """Run one micro-batch of all lanes forward and backward."""
+    with setting.semantics.installed(), setting.tracker:
+        pack.accumulate(lanes)
