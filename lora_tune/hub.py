@@ -45,8 +45,9 @@ class ModelConfig(NamedTuple):
 def find_config(model: str, *, base_dir: Path) -> ModelConfig:
     """Return the config of a model, from the hub only if nothing here has it.
 
-    Looked at in this order: a catalogue name; a path; a hub id of the catalogue, of one of its
-    ungated copies or of unsloth's 4-bit copies; any other hub id, whose config.json is downloaded.
+    Looked at in this order: a folder with config.json; a catalogue name; another path; a hub id of the
+    catalogue, of one of its ungated copies or of unsloth's 4-bit copies; any other hub id, whose
+    config.json is downloaded.
 
     Args:
         model: Catalogue name, folder with config.json, config.json, ``.gguf`` file or hub id;
@@ -57,10 +58,9 @@ def find_config(model: str, *, base_dir: Path) -> ModelConfig:
         ModelError: Nothing there, unusable files, or the hub cannot be reached.
     """
     named = find_catalog_model(model)
-    if named is None or "/" in model:
-        path = _existing_path(model, base_dir)
-        if path is not None:
-            return _config_at(model, path)
+    path = _existing_path(model, base_dir)
+    if path is not None and (named is None or "/" in model or _is_model_folder(path)):
+        return _config_at(model, path)
     if named is not None:
         return ModelConfig(named.label, named.hub_id, named.model.config, "catalogue")
     if _looks_like_path(model):
@@ -84,7 +84,11 @@ def find_model(base: str, *, revision: str | None, base_dir: Path) -> ModelFiles
     Raises:
         ModelError: Nothing there, unusable files, or the hub cannot be reached.
     """
+    path = _existing_path(base, base_dir)
     named = find_catalog_model(base) if "/" not in base else None
+    if path is not None and (named is None or _is_model_folder(path)):
+        _refuse_revision(base, revision)
+        return _local(base, path)
     if named is not None and named.model.package is not None:
         package = named.model.package
         _refuse_revision(base, revision)
@@ -97,10 +101,6 @@ def find_model(base: str, *, revision: str | None, base_dir: Path) -> ModelFiles
         return ModelFiles(base, None, gguf, named.hub_id, None, named.model.license)
     if named is not None:
         return _snapshot(named.hub_id, revision)
-    path = _existing_path(base, base_dir)
-    if path is not None:
-        _refuse_revision(base, revision)
-        return _local(base, path)
     if _looks_like_path(base):
         raise ModelError(
             f'model.base "{base}" is no file or folder (looked in {base_dir} and {Path.cwd()})'
@@ -120,6 +120,11 @@ def _existing_path(base: str, base_dir: Path) -> Path | None:
     except (OSError, RuntimeError):  # longer than a file name can be; the home of nobody
         return None
     return None
+
+
+def _is_model_folder(path: Path) -> bool:
+    """Say whether a folder holds a model: then its name means the folder, as in transformers."""
+    return (path / "config.json").is_file()
 
 
 def _looks_like_path(base: str) -> bool:

@@ -8,9 +8,10 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +25,15 @@ from lora_tune.engine.base import DTYPES, BaseModel, load_base_model, read_meta_
 from lora_tune.engine.convert import converted_folder
 from lora_tune.engine.pack import PackSettings
 from lora_tune.engine.probe import fastest_compute_dtype, worthwhile_lanes
-from lora_tune.errors import MachineError, ModelError, StudyFileError
+from lora_tune.errors import MachineError, ModelError, StudyFileError, UncoveredModelError
 from lora_tune.hub import ModelFiles, find_model
 from lora_tune.memory.fit import resolve_budget
-from lora_tune.memory.shape import COVERED, ModelShape
+from lora_tune.memory.request import MemoryRequest
+from lora_tune.memory.shape import ModelShape
+from lora_tune.memory.solve import Estimate
 from lora_tune.records import (
     LanePlan,
+    MemoryEstimate,
     ModelIdentity,
     PreparedData,
     StudyLock,
@@ -39,6 +43,7 @@ from lora_tune.records import (
 from lora_tune.search.gate import Gate, resolve_sets
 from lora_tune.search.ladder import rung_steps
 from lora_tune.study.spec import StudySpec
+from lora_tune.trace.estimate import trace_memory
 
 MOST_WARMUP_STEPS = 100
 _PACKAGES = (
@@ -63,6 +68,7 @@ class Inputs(NamedTuple):
     device: str
     data: PreparedData
     shape: ModelShape
+    config: Mapping[str, object]  # the base's config.json
     modules: dict[str, tuple[str, ...]]  # target sets as full module names
     notes: list[str]
 
@@ -106,12 +112,13 @@ def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> I
         spec.space, model_type=config.model_type, linears=[linear.name for linear in meta.linears]
     )
     data = prepare_data(spec.data, tokenizer=tokenizer, seed=spec.study.seed, base_dir=base_dir)
-    if config.model_type in COVERED:
-        shape = ModelShape.from_config(config.to_dict())
-    else:
-        shape = ModelShape.from_linears(config.to_dict(), *meta)
+    fields = config.to_dict()
+    try:
+        shape = ModelShape.from_config(fields)
+    except UncoveredModelError:
+        shape = ModelShape.from_linears(fields, *meta)
         set_notes.append(
-            f"the memory estimate of {config.model_type} models is an approximation from their linear layers."
+            f"the memory of {config.model_type} models is counted on a traced step: there is no closed form."
         )
     if files.gguf is not None and files.hub_id is not None:
         set_notes.append(
@@ -125,6 +132,7 @@ def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> I
         device=device,
         data=data,
         shape=shape,
+        config=fields,
         modules=modules,
         notes=[*data.notes, *set_notes],
     )
@@ -245,7 +253,18 @@ def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, grouped: bool) -
         budget_bytes=budget_bytes,
         grouped=grouped,
         compute_capability=_compute_capability(inputs.device),
+        estimate=None if inputs.shape.covered else _tracer(inputs.config),
     )
+
+
+def _tracer(config: Mapping[str, object]) -> Estimate:
+    """Return the trace of a base without a closed form; each request is traced once."""
+
+    @cache
+    def trace(request: MemoryRequest) -> MemoryEstimate:
+        return trace_memory(config, request)
+
+    return trace
 
 
 def load_base(inputs: Inputs, lock: StudyLock | None) -> BaseModel:

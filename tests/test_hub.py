@@ -46,10 +46,13 @@ def test_a_folder_and_a_config_file_are_read(
     assert find_config("models/mine", base_dir=tmp_path / "elsewhere") == expected
 
 
-def test_a_folder_is_taken_before_a_hub_id_and_after_a_catalogue_name(tmp_path: Path) -> None:
+def test_a_folder_with_a_model_is_taken_before_a_catalogue_name_or_hub_id(tmp_path: Path) -> None:
     write_config(tmp_path / "gpt2")
+    (tmp_path / "qwen3-4b").mkdir()  # holds no model: the name is the catalogue's
     write_config(tmp_path / "Qwen" / "Qwen2.5-7B")
-    assert find_config("gpt2", base_dir=tmp_path).source == "catalogue"
+    assert find_config("gpt2", base_dir=tmp_path).source == "config.json"
+    assert find_config("gpt2-medium", base_dir=tmp_path).source == "catalogue"
+    assert find_config("qwen3-4b", base_dir=tmp_path).source == "catalogue"
     assert find_config("./gpt2", base_dir=tmp_path).source == "config.json"
     assert find_config("Qwen/Qwen2.5-7B", base_dir=tmp_path).source == "config.json"
 

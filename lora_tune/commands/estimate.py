@@ -161,7 +161,9 @@ def catalogued() -> list[Device]:
 def _smallest(
     devices: list[Device], request: MemoryRequest, model: EstimatedModel
 ) -> tuple[Solved, list[Device]]:
-    found = smallest_device(devices or catalogued(), request, estimate=model.estimate)
+    found = smallest_device(
+        devices or catalogued(), request, estimate=model.estimate, quick=model.quick
+    )
     value = found.name if found else None
     asked = devices or ([found] if found else [])
     return Solved(variable="min-gpu", value=value, device=None), asked
@@ -177,7 +179,9 @@ def _solve(
         )
     if model.estimate(request).method == "trace":
         print("every step of --solve is a trace here, which takes minutes.", file=sys.stderr)
-    solution = solve(variable, request, device=devices[0], estimate=model.estimate)
+    solution = solve(
+        variable, request, device=devices[0], estimate=model.estimate, quick=model.quick
+    )
     solved = Solved(
         variable=variable,
         value=solution.value or None,
@@ -188,7 +192,7 @@ def _solve(
 
 
 def _smallest_fit(request: MemoryRequest, model: EstimatedModel) -> Fit | None:
-    found = smallest_device(catalogued(), request, estimate=model.estimate)
+    found = smallest_device(catalogued(), request, estimate=model.estimate, quick=model.quick)
     return fit_on(found, request, model.estimate) if found else None
 
 
@@ -199,7 +203,7 @@ def _rows(
     misfits = [fit for fit in fits if fit.verdict is Verdict.NO]
     if not misfits:
         return tuple(GpuRow(fit=fit) for fit in fits)
-    larger = smallest_device(catalogued(), request, estimate=model.estimate)
+    larger = smallest_device(catalogued(), request, estimate=model.estimate, quick=model.quick)
     explained = misfits if len(misfits) <= _MOST_EXPLAINED else misfits[-1:]
     rows = []
     for fit in fits:
@@ -211,6 +215,7 @@ def _rows(
             situation = Situation(
                 device=fit.device,
                 estimate=model.estimate,
+                quick=model.quick,
                 accumulation_steps=options.gradient_accumulation_steps,
                 target_sets=model.target_sets(),
             )
@@ -272,11 +277,14 @@ def _notes(
 ) -> Iterator[str]:
     stack = STACKS[request.stack]
     if traced and not options.exact:
-        what = "models" if model.shape is None else "models with these settings"
         yield (
-            f"no closed form for {model.found.config.get('model_type')} {what}: a real step was traced "
+            f"no closed form for {model.found.config.get('model_type')} models: a real step was traced "
             "on the meta device, which takes seconds and torch."
         )
+    shape = model.shape
+    if stack.own_engine and shape is not None and (shape.final_softcap or shape.num_experts):
+        what = "mixtures of experts" if shape.num_experts else "models that cap their logits"
+        yield f"the engine does not train {what} yet: these are the bytes that its layers would take."
     if options.padded and stack.own_engine:
         yield (
             "--padded has no effect with stack lora-tune: rows are padded on the right and attention "

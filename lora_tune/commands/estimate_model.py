@@ -20,8 +20,6 @@ from lora_tune.memory.shape import ModelShape, target_suffixes
 from lora_tune.memory.solve import Estimate
 from lora_tune.records import MemoryEstimate
 
-_WORKSPACES = ("8.9", "9.0")  # a compute capability for each size of the workspaces
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimatedModel:
@@ -31,6 +29,7 @@ class EstimatedModel:
     shape: ModelShape | None  # None: a family without a closed form
     targets: tuple[str, ...]  # as the estimate takes them
     estimate: Estimate
+    quick: Estimate | None = None  # a lower bound: the closed form without the allocator's replay
 
     def target_sets(self) -> dict[str, tuple[str, ...]]:
         """Return the named sets that the model has, smallest first; none without a closed form."""
@@ -74,19 +73,17 @@ def find_estimated_model(
         found=found,
         shape=shape,
         targets=target_suffixes(shape, targets),
-        estimate=_tracer(found, full_depth=full_depth) if exact else _closed_form(found, shape),
+        estimate=_tracer(found, full_depth=full_depth) if exact else _closed_form(shape),
+        quick=None if exact else lambda request: estimate_memory(shape, request),
     )
 
 
-def _closed_form(found: ModelConfig, shape: ModelShape) -> Estimate:
-    """Return the closed form; a request that it does not cover is traced."""
+def _closed_form(shape: ModelShape) -> Estimate:
+    """Return the closed form with the allocator's replay; each request is replayed once."""
 
     @cache
     def closed_form(request: MemoryRequest) -> MemoryEstimate:
-        try:
-            return estimate_memory(shape, request, reserved=True)
-        except UncoveredModelError:
-            return _tracer(found, full_depth=False)(request)
+        return estimate_memory(shape, request, reserved=True)
 
     return closed_form
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from lora_tune.errors import StudyFileError
 from lora_tune.memory.request import STACKS, MemoryRequest
-from lora_tune.memory.solve import Estimate, changed, fit_on, largest, put
-from lora_tune.memory.verdict import Device, Verdict, context_of
+from lora_tune.memory.solve import Estimate, changed, fitting, largest, put
+from lora_tune.memory.verdict import Device, context_of
 from lora_tune.records import MemoryEstimate
 from lora_tune.units import MIB
 
@@ -45,6 +45,7 @@ class Situation:
     estimate: Estimate
     accumulation_steps: int
     target_sets: Mapping[str, tuple[str, ...]]  # named sets of the model, smallest first
+    quick: Estimate | None = None  # as ``solve.fitting`` takes it
 
 
 def term_to_blame(estimate: MemoryEstimate, device: Device) -> str:
@@ -121,8 +122,8 @@ def _judged(steps: list[Step], request: MemoryRequest, situation: Situation) -> 
     there = _applied(steps, request)
     if there is None:
         return None
-    fit = fit_on(situation.device, there, situation.estimate)
-    if fit.verdict is not Verdict.FITS:
+    fit = fitting(situation.device, there, situation.estimate, quick=situation.quick)
+    if fit is None:
         return None
     options = " ".join(step.options for step in steps)
     return Change(options=options, process_bytes=fit.process.process_bytes)
@@ -269,10 +270,12 @@ def _targets_step(name: str, modules: tuple[str, ...]) -> Step:
 
 def _fewer_targets(request: MemoryRequest, situation: Situation) -> Iterator[Step]:
     """Yield the largest named set that adapts fewer parameters and fits."""
-    trainable = situation.estimate(request).trainable_parameters
+    trainable = (situation.quick or situation.estimate)(request).trainable_parameters
     for name, modules in reversed(list(situation.target_sets.items())):
         step = _targets_step(name, modules)
-        if situation.estimate(step.apply(request)).trainable_parameters >= trainable:
+        if (situation.quick or situation.estimate)(
+            step.apply(request)
+        ).trainable_parameters >= trainable:
             continue
         if _judged([step], request, situation) is not None:
             yield step

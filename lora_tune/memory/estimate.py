@@ -5,6 +5,7 @@ books on top is read off a ledger of one first, one middle and one last layer (`
 "Peak" means peak allocated (``torch.cuda.max_memory_allocated``) of the second or a later step.
 """
 
+from lora_tune.errors import UncoveredModelError
 from lora_tune.memory import terms
 from lora_tune.memory.request import DTYPE_BYTES, LaneShape, MemoryRequest
 from lora_tune.memory.reserved import reserved_bytes
@@ -25,8 +26,11 @@ def estimate_memory(
     rounding of them, buffers, the batch and library workspaces are ``workspace``.
 
     Raises:
+        UncoveredModelError: The shape was counted on a model that has no closed form.
         TargetModulesError: A lane names a module that the model does not have.
     """
+    if not shape.covered:
+        raise UncoveredModelError(f'model_type "{shape.model_type}" has no closed form.')
     base = terms.book(terms.base_tensors(shape, request))
     matrices = list(terms.adapter_matrices(shape, request))
     adapter_e = DTYPE_BYTES[request.adapter_dtype]

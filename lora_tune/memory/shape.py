@@ -149,9 +149,10 @@ class ModelShape:
         linears: Sequence[LinearShape],
         num_other_parameters: int,
     ) -> "ModelShape":
-        """Return the shape of a decoder without a closed form, from its counted linear layers.
+        """Return the sizes of a decoder without a closed form, from its counted linear layers.
 
-        Layers that differ are all taken to be like the largest one, an overestimate.
+        Good for counting parameters; its memory is for the trace. Layers that differ are all taken
+        to be like the largest one.
 
         Args:
             config: The model's config.json.

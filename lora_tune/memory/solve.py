@@ -85,6 +85,23 @@ def fit_on(device: Device, request: MemoryRequest, estimate: Estimate) -> Fit:
     )
 
 
+def fitting(
+    device: Device, request: MemoryRequest, estimate: Estimate, *, quick: Estimate | None
+) -> Fit | None:
+    """Return the fit of a request that fits the device, else None.
+
+    Args:
+        device: What it must fit.
+        request: The settings.
+        estimate: What decides.
+        quick: A lower bound that rules most requests out first; None: there is no quicker one.
+    """
+    if quick is not None and fit_on(device, request, quick).verdict is not Verdict.FITS:
+        return None
+    fit = fit_on(device, request, estimate)
+    return fit if fit.verdict is Verdict.FITS else None
+
+
 def largest(fits: Callable[[int], bool], *, limit: int) -> int:
     """Return the largest number from 1 to ``limit`` that fits, 0 when 1 does not.
 
@@ -108,7 +125,14 @@ def largest(fits: Callable[[int], bool], *, limit: int) -> int:
     return good
 
 
-def solve(variable: str, request: MemoryRequest, *, device: Device, estimate: Estimate) -> Solution:
+def solve(
+    variable: str,
+    request: MemoryRequest,
+    *,
+    device: Device,
+    estimate: Estimate,
+    quick: Estimate | None = None,
+) -> Solution:
     """Return the largest value of a variable with which the request fits the device.
 
     Args:
@@ -116,6 +140,7 @@ def solve(variable: str, request: MemoryRequest, *, device: Device, estimate: Es
         request: All other settings; lanes are alike.
         device: What it must fit.
         estimate: Closed form or trace.
+        quick: As ``fitting`` takes it.
 
     Raises:
         StudyFileError: The stack cannot vary it: lanes other than one on a foreign stack.
@@ -124,7 +149,7 @@ def solve(variable: str, request: MemoryRequest, *, device: Device, estimate: Es
     if variable == "max-lanes":
         put(request, variable, 2)
     value = largest(
-        lambda n: fit_on(device, put(request, variable, n), estimate).verdict is Verdict.FITS,
+        lambda n: fitting(device, put(request, variable, n), estimate, quick=quick) is not None,
         limit=limit,
     )
     return Solution(
@@ -147,10 +172,14 @@ def put(request: MemoryRequest, variable: str, value: int) -> MemoryRequest:
 
 
 def smallest_device(
-    devices: Iterable[Device], request: MemoryRequest, *, estimate: Estimate
+    devices: Iterable[Device],
+    request: MemoryRequest,
+    *,
+    estimate: Estimate,
+    quick: Estimate | None = None,
 ) -> Device | None:
     """Return the device with least memory that the request fits, None when it fits none."""
     for device in sorted(devices, key=lambda device: device.usable_bytes):
-        if fit_on(device, request, estimate).verdict is Verdict.FITS:
+        if fitting(device, request, estimate, quick=quick) is not None:
             return device
     return None

@@ -6,6 +6,7 @@ gradient checkpointing, and how many lanes are possible. Everything comes from t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lora_tune.catalog.targets import named_sets, resolve_target_set, set_label
 from lora_tune.errors import InfeasibleError
@@ -13,6 +14,7 @@ from lora_tune.memory.estimate import estimate_memory, trainable_parameters
 from lora_tune.memory.fit import explain_no_fit, largest_that_fits
 from lora_tune.memory.request import LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape
+from lora_tune.memory.solve import Estimate
 from lora_tune.records import MemoryEstimate, TargetSet, TrialConfig
 from lora_tune.study.spec import SpaceSection, StudySpec, TrainSection
 from lora_tune.units import format_bytes
@@ -42,6 +44,7 @@ class Gate:
         budget_bytes: int,
         grouped: bool,
         compute_capability: str | None = None,
+        estimate: Estimate | None = None,
     ) -> None:
         """Keep what the estimates depend on.
 
@@ -53,9 +56,12 @@ class Gate:
             budget_bytes: What a pack may use.
             grouped: Whether lanes run as grouped products.
             compute_capability: Of the GPU, which decides its libraries' workspaces; None on a CPU.
+            estimate: What answers for a request; the closed form of ``shape`` unless given.
         """
         self.spec = spec
         self.shape = shape
+        self._memory = estimate or partial(estimate_memory, shape)
+        self._replayed = estimate or partial(estimate_memory, shape, reserved=True)
         self.budget_bytes = budget_bytes
         self._request = MemoryRequest(
             quantization=spec.model.quantization,
@@ -147,12 +153,12 @@ class Gate:
             max_length: Padded length of its longest batch.
             label_fraction: Label positions of its largest pass, as a share of that pass' tokens.
         """
-        return self._estimate(
-            plan,
-            tuple(_lane_shape(config) for config in configs),
+        request = replace(
+            self._pack_request(plan, tuple(_lane_shape(config) for config in configs)),
             max_length=max_length,
             label_fraction=label_fraction,
         )
+        return self._replayed(request)
 
     def most_lanes_within(
         self, budget_bytes: int, plan: PackPlan, target_sets: Sequence[TargetSet]
@@ -176,26 +182,16 @@ class Gate:
         return replace(plan, most_lanes=lanes)
 
     def _peak(self, plan: PackPlan, lane: LaneShape, lanes: int) -> int:
-        return self._estimate(plan, (lane,) * lanes).peak_allocated_bytes
+        return self._memory(self._pack_request(plan, (lane,) * lanes)).peak_allocated_bytes
 
-    def _estimate(
-        self,
-        plan: PackPlan,
-        lanes: tuple[LaneShape, ...],
-        *,
-        max_length: int | None = None,
-        label_fraction: float = 1.0,
-    ) -> MemoryEstimate:
-        request = replace(
+    def _pack_request(self, plan: PackPlan, lanes: tuple[LaneShape, ...]) -> MemoryRequest:
+        return replace(
             self._request,
             lanes=lanes,
             micro_batch_size=plan.micro_batch_size,
-            max_length=max_length or self._request.max_length,
-            label_fraction=label_fraction,
             gradient_checkpointing=plan.gradient_checkpointing,
             gradient_accumulation=plan.micro_batch_size < self.spec.train.effective_batch_size,
         )
-        return estimate_memory(self.shape, request)
 
     def _largest_lane(self, target_sets: Sequence[TargetSet]) -> LaneShape:
         """Return the lane that needs most memory of all that the space can propose."""
@@ -224,7 +220,7 @@ class Gate:
             gradient_checkpointing=self.spec.train.gradient_checkpointing is not False,
             max_length=max_length or self._request.max_length,
         )
-        return estimate_memory(self.shape, request)
+        return self._memory(request)
 
     def _nothing_fits(self, target_sets: Sequence[TargetSet]) -> str:
         rank = min(self.spec.space.rank)
