@@ -161,9 +161,7 @@ def catalogued() -> list[Device]:
 def _smallest(
     devices: list[Device], request: MemoryRequest, model: EstimatedModel
 ) -> tuple[Solved, list[Device]]:
-    found = smallest_device(
-        devices or catalogued(), request, estimate=model.estimate, quick=model.quick
-    )
+    found = smallest_device(devices or catalogued(), request, estimate=model.estimate)
     value = found.name if found else None
     asked = devices or ([found] if found else [])
     return Solved(variable="min-gpu", value=value, device=None), asked
@@ -179,9 +177,7 @@ def _solve(
         )
     if model.estimate(request).method == "trace":
         print("every step of --solve is a trace here, which takes minutes.", file=sys.stderr)
-    solution = solve(
-        variable, request, device=devices[0], estimate=model.estimate, quick=model.quick
-    )
+    solution = solve(variable, request, device=devices[0], estimate=model.estimate)
     solved = Solved(
         variable=variable,
         value=solution.value or None,
@@ -192,7 +188,7 @@ def _solve(
 
 
 def _smallest_fit(request: MemoryRequest, model: EstimatedModel) -> Fit | None:
-    found = smallest_device(catalogued(), request, estimate=model.estimate, quick=model.quick)
+    found = smallest_device(catalogued(), request, estimate=model.estimate)
     return fit_on(found, request, model.estimate) if found else None
 
 
@@ -203,7 +199,7 @@ def _rows(
     misfits = [fit for fit in fits if fit.verdict is Verdict.NO]
     if not misfits:
         return tuple(GpuRow(fit=fit) for fit in fits)
-    larger = smallest_device(catalogued(), request, estimate=model.estimate, quick=model.quick)
+    larger = smallest_device(catalogued(), request, estimate=model.estimate)
     explained = misfits if len(misfits) <= _MOST_EXPLAINED else misfits[-1:]
     rows = []
     for fit in fits:
@@ -215,7 +211,6 @@ def _rows(
             situation = Situation(
                 device=fit.device,
                 estimate=model.estimate,
-                quick=model.quick,
                 accumulation_steps=options.gradient_accumulation_steps,
                 target_sets=model.target_sets(),
             )

@@ -14,10 +14,9 @@ from pathlib import Path
 from lora_tune.catalog.targets import SET_NAMES, resolve_target_set
 from lora_tune.errors import ModelError, TargetModulesError, UncoveredModelError
 from lora_tune.hub import ModelConfig, find_config
-from lora_tune.memory.estimate import estimate_memory
 from lora_tune.memory.request import MemoryRequest
 from lora_tune.memory.shape import ModelShape, target_suffixes
-from lora_tune.memory.solve import Estimate
+from lora_tune.memory.solve import ClosedForm, Estimate
 from lora_tune.records import MemoryEstimate
 
 
@@ -29,7 +28,6 @@ class EstimatedModel:
     shape: ModelShape | None  # None: a family without a closed form
     targets: tuple[str, ...]  # as the estimate takes them
     estimate: Estimate
-    quick: Estimate | None = None  # a lower bound: the closed form without the allocator's replay
 
     def target_sets(self) -> dict[str, tuple[str, ...]]:
         """Return the named sets that the model has, smallest first; none without a closed form."""
@@ -73,19 +71,8 @@ def find_estimated_model(
         found=found,
         shape=shape,
         targets=target_suffixes(shape, targets),
-        estimate=_tracer(found, full_depth=full_depth) if exact else _closed_form(shape),
-        quick=None if exact else lambda request: estimate_memory(shape, request),
+        estimate=_tracer(found, full_depth=full_depth) if exact else ClosedForm(shape),
     )
-
-
-def _closed_form(shape: ModelShape) -> Estimate:
-    """Return the closed form with the allocator's replay; each request is replayed once."""
-
-    @cache
-    def closed_form(request: MemoryRequest) -> MemoryEstimate:
-        return estimate_memory(shape, request, reserved=True)
-
-    return closed_form
 
 
 def _tracer(found: ModelConfig, *, full_depth: bool) -> Estimate:

@@ -45,7 +45,6 @@ class Situation:
     estimate: Estimate
     accumulation_steps: int
     target_sets: Mapping[str, tuple[str, ...]]  # named sets of the model, smallest first
-    quick: Estimate | None = None  # as ``solve.fitting`` takes it
 
 
 def term_to_blame(estimate: MemoryEstimate, device: Device) -> str:
@@ -122,7 +121,7 @@ def _judged(steps: list[Step], request: MemoryRequest, situation: Situation) -> 
     there = _applied(steps, request)
     if there is None:
         return None
-    fit = fitting(situation.device, there, situation.estimate, quick=situation.quick)
+    fit = fitting(situation.device, there, situation.estimate)
     if fit is None:
         return None
     options = " ".join(step.options for step in steps)
@@ -270,12 +269,10 @@ def _targets_step(name: str, modules: tuple[str, ...]) -> Step:
 
 def _fewer_targets(request: MemoryRequest, situation: Situation) -> Iterator[Step]:
     """Yield the largest named set that adapts fewer parameters and fits."""
-    trainable = (situation.quick or situation.estimate)(request).trainable_parameters
+    trainable = situation.estimate(request).trainable_parameters
     for name, modules in reversed(list(situation.target_sets.items())):
         step = _targets_step(name, modules)
-        if (situation.quick or situation.estimate)(
-            step.apply(request)
-        ).trainable_parameters >= trainable:
+        if situation.estimate(step.apply(request)).trainable_parameters >= trainable:
             continue
         if _judged([step], request, situation) is not None:
             yield step

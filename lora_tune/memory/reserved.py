@@ -21,6 +21,15 @@ def reserved_bytes(shape: ModelShape, request: MemoryRequest) -> int:
     return replay(_events(shape, request), capacity_bytes=None).peak_reserved_bytes
 
 
+def reserved_within(shape: ModelShape, request: MemoryRequest, capacity_bytes: int) -> int | None:
+    """Return the peak of reserved memory on a device with so much room; None when it runs out.
+
+    Out of room, the allocator gives cached segments back and tries again.
+    """
+    found = replay(_events(shape, request), capacity_bytes=capacity_bytes)
+    return found.peak_reserved_bytes if found.fits else None
+
+
 def _events(shape: ModelShape, request: MemoryRequest) -> Iterator[AllocationEvent]:
     number = 0
     for size in _static_sizes(shape, request):

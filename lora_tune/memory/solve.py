@@ -5,10 +5,13 @@ By bisection on the estimate, which grows with each of them, to the last value w
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
+from lora_tune.memory.estimate import estimate_memory
 from lora_tune.memory.request import MemoryRequest, resolve_request
+from lora_tune.memory.reserved import reserved_within
+from lora_tune.memory.shape import ModelShape
 from lora_tune.memory.verdict import (
     DEFAULT_CAPABILITY,
     Device,
@@ -70,33 +73,60 @@ def changed(request: MemoryRequest, **changes: object) -> MemoryRequest:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ClosedForm:
+    """The closed form of a model with the allocator replayed; each request is replayed once."""
+
+    shape: ModelShape
+    _known: dict[MemoryRequest, MemoryEstimate] = field(default_factory=dict)
+
+    def __call__(self, request: MemoryRequest) -> MemoryEstimate:
+        """Return the estimate with reserved memory on a device that has room to spare."""
+        if request not in self._known:
+            self._known[request] = estimate_memory(self.shape, request, reserved=True)
+        return self._known[request]
+
+    def quick(self, request: MemoryRequest) -> MemoryEstimate:
+        """Return the estimate without a replay: a lower bound."""
+        return estimate_memory(self.shape, request)
+
+    def within(self, request: MemoryRequest, capacity_bytes: int) -> MemoryEstimate | None:
+        """Return the estimate on a device with so much room for torch, None when it runs out."""
+        reserved = reserved_within(self.shape, request, capacity_bytes)
+        if reserved is None:
+            return None
+        found = self(request)
+        return replace(found, peak_reserved_bytes=max(reserved, found.peak_allocated_bytes))
+
+
 def fit_on(device: Device, request: MemoryRequest, estimate: Estimate) -> Fit:
-    """Return the verdict on a request, its workspaces those of the device."""
+    """Return the verdict on a request, its workspaces and kernels those of the device.
+
+    What would be tight with all that the allocator likes to keep is replayed once more with the
+    room that the device has: it may do with less.
+    """
     capability = device.compute_capability or DEFAULT_CAPABILITY
     there = replace(request, compute_capability=capability)
     found = estimate(there)
     process = process_memory(found, device)
-    return Fit(
-        device=device,
-        request=there,
-        estimate=found,
-        process=process,
-        verdict=judge(process, device.usable_bytes),
-    )
+    verdict = judge(process, device.usable_bytes)
+    if verdict is Verdict.TIGHT and isinstance(estimate, ClosedForm):
+        around = process.high_bytes - found.peak_reserved_bytes  # context and model error
+        squeezed = estimate.within(there, device.usable_bytes - around)
+        if squeezed is not None:
+            found = squeezed
+            process = process_memory(found, device)
+            verdict = judge(process, device.usable_bytes)
+    return Fit(device=device, request=there, estimate=found, process=process, verdict=verdict)
 
 
-def fitting(
-    device: Device, request: MemoryRequest, estimate: Estimate, *, quick: Estimate | None
-) -> Fit | None:
+def fitting(device: Device, request: MemoryRequest, estimate: Estimate) -> Fit | None:
     """Return the fit of a request that fits the device, else None.
 
-    Args:
-        device: What it must fit.
-        request: The settings.
-        estimate: What decides.
-        quick: A lower bound that rules most requests out first; None: there is no quicker one.
+    The closed form without a replay rules most requests out first.
     """
-    if quick is not None and fit_on(device, request, quick).verdict is not Verdict.FITS:
+    quick = estimate.quick if isinstance(estimate, ClosedForm) else estimate
+    if fit_on(device, request, quick).verdict is not Verdict.FITS:
         return None
     fit = fit_on(device, request, estimate)
     return fit if fit.verdict is Verdict.FITS else None
@@ -131,7 +161,6 @@ def solve(
     *,
     device: Device,
     estimate: Estimate,
-    quick: Estimate | None = None,
 ) -> Solution:
     """Return the largest value of a variable with which the request fits the device.
 
@@ -140,7 +169,6 @@ def solve(
         request: All other settings; lanes are alike.
         device: What it must fit.
         estimate: Closed form or trace.
-        quick: As ``fitting`` takes it.
 
     Raises:
         StudyFileError: The stack cannot vary it: lanes other than one on a foreign stack.
@@ -149,7 +177,7 @@ def solve(
     if variable == "max-lanes":
         put(request, variable, 2)
     value = largest(
-        lambda n: fitting(device, put(request, variable, n), estimate, quick=quick) is not None,
+        lambda n: fitting(device, put(request, variable, n), estimate) is not None,
         limit=limit,
     )
     return Solution(
@@ -176,10 +204,9 @@ def smallest_device(
     request: MemoryRequest,
     *,
     estimate: Estimate,
-    quick: Estimate | None = None,
 ) -> Device | None:
     """Return the device with least memory that the request fits, None when it fits none."""
     for device in sorted(devices, key=lambda device: device.usable_bytes):
-        if fitting(device, request, estimate, quick=quick) is not None:
+        if fitting(device, request, estimate) is not None:
             return device
     return None
