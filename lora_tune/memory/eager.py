@@ -95,10 +95,11 @@ def _scores(
     given = [book.hold(size) if copies else narrow[i] for i, copies in enumerate(copied)]
     raw = book.hold(e * scores)
     del narrow
+    keeps = book.grad_enabled and (q.node is not None or k.node is not None)
+    saved = (([given[1]] if q.node else []) + ([given[0]] if k.node else [])) if keeps else []
+    del given
     made = book.hold(e * scores)  # times the scaling
     del raw
-    saved = ([given[1]] if q.node else []) + ([given[0]] if k.node else [])
-    del given
     if softcap:
         divided = book.hold(e * scores)
         del made

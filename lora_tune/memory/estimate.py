@@ -52,7 +52,11 @@ def estimate_memory(
     )
     phases = {
         peak.phase: (peak.activations, peak.logits_and_loss, peak.gradients + held),
-        "optimizer": (_optimizer_work(shape, request), 0, adapters.size + adapters.rounding),
+        "optimizer": (
+            terms.optimizer_work_bytes(shape, request),
+            0,
+            adapters.size + adapters.rounding,
+        ),
     }
     phase = max(phases, key=lambda name: sum(phases[name]))
     activations, logits, gradients = phases[phase]
@@ -74,16 +78,6 @@ def estimate_memory(
         trainable_parameters=sum(elements * count for elements, count in matrices),
         base_parameters=shape.num_parameters,
     )
-
-
-def _optimizer_work(shape: ModelShape, request: MemoryRequest) -> int:
-    """Return AdamW's temporary: none when fused; ours takes the roots of a lane's second moments at once.
-
-    Source: torch ``optim/adam.py``, ``_multi_tensor_adam``.
-    """
-    if request.stack != "lora-tune":
-        return 0
-    return 4 * max((trainable_parameters(shape, lane) for lane in request.lanes), default=0)
 
 
 def trainable_parameters(shape: ModelShape, lane: LaneShape) -> int:

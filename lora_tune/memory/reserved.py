@@ -40,6 +40,10 @@ def _events(shape: ModelShape, request: MemoryRequest) -> Iterator[AllocationEve
     step = Step(shape, request, book)
     step.run()
     yield from (AllocationEvent(*event) for event in book.events)
+    if work := terms.optimizer_work_bytes(
+        shape, request
+    ):  # while the step still holds its gradients
+        yield AllocationEvent(True, number - 1, work)
 
 
 def _static_sizes(shape: ModelShape, request: MemoryRequest) -> Iterator[int]:
@@ -59,4 +63,4 @@ def _static_sizes(shape: ModelShape, request: MemoryRequest) -> Iterator[int]:
     if request.gradient_accumulation:
         for elements, count in matrices:
             yield from [e * elements] * count
-    yield terms.cublas_workspace_bytes(request.compute_capability)
+    yield from terms.cublas_workspaces(request.compute_capability)

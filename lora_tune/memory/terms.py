@@ -6,6 +6,7 @@ What a step itself books is in ``step.py``; fragmentation and the CUDA context a
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from lora_tune.memory.ledger import ALIGNMENT
@@ -149,6 +150,18 @@ def optimizer_tensors(
             yield 4 * math.ceil(elements / OPTIMIZER_8BIT_BLOCK), 2 * count
 
 
+def optimizer_work_bytes(shape: ModelShape, request: MemoryRequest) -> int:
+    """Return AdamW's temporary: none when fused; ours takes the roots of a lane's second moments at once.
+
+    Source: torch ``optim/adam.py``, ``_multi_tensor_adam``.
+    """
+    if request.stack != "lora-tune":
+        return 0
+    lanes = (replace(request, lanes=(lane,)) for lane in set(request.lanes))
+    sizes = (sum(n * count for n, count in adapter_matrices(shape, lane)) for lane in lanes)
+    return 4 * max(sizes, default=0)
+
+
 def step_counter_bytes(num_matrices: int, request: MemoryRequest) -> int:
     """Return what AdamW's step counters take: one block a matrix with the fused form of the Trainer.
 
@@ -173,17 +186,24 @@ def input_bytes(request: MemoryRequest, *, tokens: int, label_tokens: int) -> in
     return 3 * rounded(8 * tokens) + positions
 
 
-def cublas_workspace_bytes(compute_capability: str | None) -> int:
+def cublas_workspaces(compute_capability: str | None) -> tuple[int, ...]:
     """Return the cuBLAS and cuBLASLt workspaces that the allocator holds from the first product on.
 
     None stands for a CPU, which has none. Two handles (autograd's thread has its own) of
     8,519,680 bytes, or 32 MiB on compute capability 9, 10 and 12, and 1 MiB for cuBLASLt. Source:
     torch 2.13 ``CublasHandlePool.cpp``, ``CUDABlas.cpp``.
+    """
+    if compute_capability is None:
+        return ()
+    large = compute_capability.partition(".")[0] in ("9", "10", "12")
+    handle = 32 * 1024**2 if large else 8_519_680
+    return handle, handle, 1024**2
+
+
+def cublas_workspace_bytes(compute_capability: str | None) -> int:
+    """Return the bytes of all library workspaces.
 
     >>> cublas_workspace_bytes("8.9"), cublas_workspace_bytes("9.0")
     (18087936, 68157440)
     """
-    if compute_capability is None:
-        return 0
-    large = compute_capability.partition(".")[0] in ("9", "10", "12")
-    return 2 * (32 * 1024**2 if large else 8_519_680) + 1024**2
+    return sum(cublas_workspaces(compute_capability))
