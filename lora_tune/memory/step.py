@@ -208,15 +208,21 @@ class Step:
         """
         book, ops, kinds = self.book, self.ops, self.kinds
         ops.cache = [] if self.numbers.autocast else None
-        hidden = self._checkpointed_layer(self._embedding(), kinds.first)
+        # Forward holds most in the last layer. The others are gone through only for what they leave:
+        # their output, and under autocast copies of their adapters, which the first one shows.
+        brief = not isinstance(book, RecordingBook)
+        shown = ops.cache is not None or kinds.last is None
+        hidden = self._checkpointed_layer(
+            self._embedding(), kinds.first, forward=shown or not brief
+        )
         copies = sum(block.size for block in ops.cache or ())
         between = []
         for masked, count in kinds.middle:
-            hidden = self._checkpointed_layer(hidden, masked)
+            hidden = self._checkpointed_layer(hidden, masked, forward=not brief)
             bulk = [book.hold(hidden.block.size * (count - 1))]
             between.append(_Stretch(len(book.tape), bulk, count - 1))
             if ops.cache is not None:
-                ops.cache.append(book.hold(copies * (count - 1)))
+                ops.cache.append(book.hold(copies * (count if brief else count - 1)))
         out = [hidden]
         if kinds.last is not None:
             out = [self._checkpointed_layer(hidden, kinds.last)]
@@ -262,12 +268,15 @@ class Step:
         self.ops.named.clear()
         return out
 
-    def _checkpointed_layer(self, hidden: Value, masked: bool) -> Value:
+    def _checkpointed_layer(self, hidden: Value, masked: bool, *, forward: bool = True) -> Value:
+        """Return a layer's output, with or without going through its forward pass."""
         book, ops = self.book, self.ops
-        book.grad_enabled = False
-        out = self._layer(hidden, masked)
-        book.grad_enabled = True
-
+        if forward:
+            book.grad_enabled = False
+            out = self._layer(hidden, masked)
+            book.grad_enabled = True
+        else:
+            out = Value(book.hold(hidden.block.size), hidden.e, None)
         out_e = out.e
 
         def backward(gradient: Gradient) -> None:
