@@ -152,7 +152,7 @@ def estimate(
         bool, typer.Option("--exact", help="Trace a real step instead of the closed form; slow.")
     ] = False,
     full_depth: Annotated[
-        bool, typer.Option("--full-depth", help="With --exact: every layer, not two or three.")
+        bool, typer.Option("--full-depth", help="With --exact: run every layer, not a few of them.")
     ] = False,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens to train: gives the hours on each GPU.")

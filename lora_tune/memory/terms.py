@@ -134,8 +134,8 @@ def optimizer_tensors(
     """Yield (bytes, how many) of AdamW's two states for matrices of these (elements, how many).
 
     torch: two states in the parameter's type. bitsandbytes 8 bit: a byte each and a float32 absmax
-    per 256 elements; tensors below 4096 elements keep float32. Paged states count in full: adapters
-    rarely reach the 100,000 elements from which a tensor is paged at all.
+    per 256 elements; tensors below 4096 elements keep float32. Paged states count in full, though
+    tensors from 100,000 elements on may leave the GPU.
 
     Source: torch ``optim/adam.py``; bitsandbytes ``optim/optimizer.py``, ``init_state``.
     """
