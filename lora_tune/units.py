@@ -30,7 +30,7 @@ def parse_bytes(text: str) -> int | None:
     True
     """
     match = _SIZE.match(text)
-    if match is None:
+    if match is None or len(match[1]) > 15:
         return None
     return int(float(match[1]) * (GIB if match[2].lower() == "gib" else MIB))
 

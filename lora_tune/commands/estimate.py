@@ -80,6 +80,7 @@ def make_report(options: EstimateOptions) -> EstimateReport:
     model = find_estimated_model(
         options.model,
         targets=options.targets,
+        attention=options.attention,
         exact=options.exact,
         full_depth=options.full_depth,
     )

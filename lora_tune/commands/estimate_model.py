@@ -43,13 +43,14 @@ class EstimatedModel:
 
 
 def find_estimated_model(
-    model: str, *, targets: str, exact: bool, full_depth: bool
+    model: str, *, targets: str, attention: str, exact: bool, full_depth: bool
 ) -> EstimatedModel:
     """Return the model, its targets resolved.
 
     Args:
         model: As ``hub.find_config`` takes it.
         targets: A named set, or module names separated by commas.
+        attention: What the request asks for; Falcon's own eager form is for the trace.
         exact: Trace although there is a closed form.
         full_depth: Trace every layer.
 
@@ -67,6 +68,7 @@ def find_estimated_model(
             targets=_counted_targets(found, targets),
             estimate=_tracer(found, full_depth=full_depth),
         )
+    exact = exact or (shape.model_type == "falcon" and attention == "eager")
     return EstimatedModel(
         found=found,
         shape=shape,

@@ -17,7 +17,7 @@ from lora_tune.memory.request import (
     MemoryRequest,
     resolve_request,
 )
-from lora_tune.memory.solve import SOLVABLE
+from lora_tune.memory.solve import LIMITS, SOLVABLE
 from lora_tune.memory.verdict import DEFAULT_CAPABILITY
 
 ADAPTER_DTYPES = ("float32", "bfloat16")
@@ -124,9 +124,22 @@ class EstimateOptions:
         )
 
 
+MOST_TOKENS = 10**18
+_LIMITED = {
+    "--rank": "max-rank",
+    "--max-length": "max-length",
+    "--batch-size": "max-batch",
+    "--lanes": "max-lanes",
+}
+
+
 def _at_least_one(option: str, value: int, what: str) -> None:
     if value < 1:
         raise StudyFileError(f"{option} is {value}; {what} whole numbers from 1 on.")
+    most = LIMITS.get(_LIMITED.get(option, ""), MOST_TOKENS)
+    if value > most:
+        shown = f"{value:,}" if value < 10**15 else f"a number of {len(str(value))} digits"
+        raise StudyFileError(f"{option} is {shown}; more than {most:,} is beyond any use.")
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

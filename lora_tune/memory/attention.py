@@ -3,6 +3,8 @@
 Notation as in ``ops.py``; H heads. Eager attention is in ``eager.py``.
 """
 
+from dataclasses import replace
+
 from lora_tune.memory.eager import eager_attention
 from lora_tune.memory.ledger import Gradient, Value
 from lora_tune.memory.ops import Heads, Ops
@@ -42,7 +44,13 @@ def attention(ops: Ops, q: Value, k: Value, v: Value, heads: Heads) -> Value:
         return _fused_attention(ops, q, k, v, heads, flash=True)
     if not heads.masked and n.has_flash(q.e, heads.head_dim):
         return _fused_attention(ops, q, k, v, heads, flash=True)
-    if heads.kv_count < heads.count and not (heads.masked and heads.repeats):
+    grouped = heads.kv_count < heads.count
+    if grouped and not (heads.masked and heads.repeats):
+        return _math_attention(ops, q, k, v, heads)
+    if q.e == 2 and not n.has_efficient:
+        if grouped:
+            k, v = ops.repeat(k, heads), ops.repeat(v, heads)
+            heads = replace(heads, kv_count=heads.count, kv_size=heads.query_size)
         return _math_attention(ops, q, k, v, heads)
     if heads.masked and 1 < heads.kv_count < heads.count:  # one head is repeated as a view
         k, v = ops.repeat(k, heads), ops.repeat(v, heads)
@@ -133,8 +141,9 @@ def _math_attention(ops: Ops, q: Value, k: Value, v: Value, heads: Heads) -> Val
     )
     full, scores = 4 * tokens * heads.query_size, 4 * tokens * heads.count * n.length
     scaled = book.hold(full)
-    bias = book.hold(4 * n.length**2)
-    repeated = [] if heads.kv_count == 1 else [book.hold(full), book.hold(full)]
+    bias = book.hold(4 * n.length**2 * (n.rows if heads.masked else 1))
+    several = 1 < heads.kv_count < heads.count
+    repeated = [book.hold(full), book.hold(full)] if several else []
     key, query = book.hold(full), book.hold(full)
     raw = book.hold(scores)
     raw = book.hold(scores)  # with the bias

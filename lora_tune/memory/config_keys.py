@@ -1,5 +1,6 @@
 """A config.json by the families' names for the same thing, with the errors for what is missing."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,9 @@ _KV_HEADS_DEFAULTS = {
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "smollm3", "gpt2", "falcon")
 
 
+MOST_LAYERS = 10_000
+
+
 class ConfigKeys:
     """A config.json with its families' names for the same thing."""
 
@@ -59,6 +63,8 @@ class ConfigKeys:
                 raise ModelError(
                     f"config.json: {key} is {value!r}; it must be a whole number from 1."
                 )
+            if field == "num_layers" and value > MOST_LAYERS:
+                raise ModelError(f"config.json: {key} is {value}; no model has so many layers.")
             return value
         return _missing(_KEYS[field]) if default is None else default
 
@@ -68,9 +74,28 @@ class ConfigKeys:
         return default if value is None else bool(value)
 
     def number(self, key: str, default: float) -> float:
-        """Return a number; a null counts as missing."""
+        """Return a number; a null counts as missing.
+
+        Raises:
+            ModelError: It is not finite.
+        """
         value = self.config.get(key)
-        return float(value) if isinstance(value, int | float) else default
+        if not isinstance(value, int | float):
+            return default
+        if not math.isfinite(value):
+            raise ModelError(f"config.json: {key} is {value!r}; it must be a finite number.")
+        return float(value)
+
+    def count(self, key: str, default: int) -> int:
+        """Return a whole number from 1 on; a null counts as missing.
+
+        Raises:
+            ModelError: It is none.
+        """
+        value = self.number(key, default)
+        if value < 1 or value != int(value):
+            raise ModelError(f"config.json: {key} is {value:g}; it must be a whole number from 1.")
+        return int(value)
 
     def text(self, keys: Sequence[str], default: str) -> str:
         """Return the first text among the keys."""

@@ -314,7 +314,7 @@ def _rotary(fields: dict[str, Any], keys: ConfigKeys, dim: int) -> dict[str, Any
         tables = len(set(_layer_types(keys)))
     without = 0
     if keys.model_type == "smollm3":
-        interval = int(keys.number("no_rope_layer_interval", 4))
+        interval = keys.count("no_rope_layer_interval", 4)
         listed = keys.config.get("no_rope_layers")
         every = [int((i + 1) % interval != 0) for i in range(fields["num_layers"])]
         used = listed if isinstance(listed, Sequence) else every
@@ -336,7 +336,7 @@ def _sliding(keys: ConfigKeys) -> dict[str, Any]:
         return {}
     periods = range(1, len(types) + 1)
     period = next(p for p in periods if all(types[i] == types[i % p] for i in range(len(types))))
-    window = int(keys.number("sliding_window", 4096))
+    window = keys.count("sliding_window", 4096)
     return {"sliding_window": window, "num_sliding_layers": sliding, "layer_period": period}
 
 
@@ -348,7 +348,7 @@ def _layer_types(keys: ConfigKeys) -> tuple[str, ...]:
     if isinstance(listed, Sequence) and kind not in ("mistral", "mixtral", "phi3", "qwen3_moe"):
         return tuple(str(item) for item in listed)
     if kind in ("gemma2", "gemma3_text"):
-        pattern = int(keys.number("sliding_window_pattern", 6)) if kind == "gemma3_text" else 2
+        pattern = keys.count("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
         return tuple(sliding if (i + 1) % pattern else full for i in range(layers))
     if kind in ("mistral", "mixtral", "phi3"):
         default = 4096 if kind == "mistral" and "sliding_window" not in keys.config else 0

@@ -67,6 +67,7 @@ class Numbers:
     weight_e: int  # of weights that are not quantized: compute_e, or 4 after k-bit preparation
     adapter_e: int
     other_half: bool  # adapters in another 16-bit type than the compute type
+    bfloat16: bool  # what is 16-bit is bfloat16
     half_softmax: bool  # float16 on CUDA: softmax reads it and writes float32 in one kernel
     autocast: bool
     packed: bool  # our layers rather than PEFT's
@@ -88,6 +89,15 @@ class Numbers:
     def cuda(self) -> bool:
         """Whether the step runs on a GPU."""
         return self.compute_capability is not None
+
+    @property
+    def has_efficient(self) -> bool:
+        """Whether the device's memory-efficient kernel takes this step's 16-bit type.
+
+        bfloat16 from capability 8.0 on. Source: torch ``cuda/sdp_utils.cpp``.
+        """
+        major = (self.compute_capability or "").partition(".")[0]
+        return not self.bfloat16 or major not in ("5", "6", "7")
 
     def has_flash(self, e: int, head_dim: int) -> bool:
         """Say whether the device's flash kernel trains with such heads.

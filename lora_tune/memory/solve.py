@@ -1,7 +1,9 @@
 """The largest rank, length, micro-batch or number of lanes that fits a device; the smallest device.
 
-By bisection on the estimate, which grows with each of them, to the last value whose verdict is
-``fits``: for one step more the same estimate gives another verdict.
+By bisection on the estimate to a value whose verdict is ``fits`` while one step more has another. The
+estimate grows with each of them, but for lengths around a sliding window on devices or in types without
+flash attention: there a longer row can need less, and the value found is a boundary, perhaps not
+the last.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lora_tune.errors import UncoveredModelError
 from lora_tune.memory import experts
 from lora_tune.memory.heads import HEADS
 from lora_tune.memory.layers import LAYERS
@@ -85,6 +86,8 @@ class Step:
 
     def __init__(self, shape: ModelShape, request: MemoryRequest, book: Book | None = None) -> None:
         """Prepare the step on a book; with a ``RecordingBook`` every layer is gone through."""
+        if shape.model_type == "falcon" and request.attention == "eager":
+            raise UncoveredModelError("Falcon's own eager attention has no closed form.")
         self.shape, self.request = shape, request
         e = DTYPE_BYTES[request.compute_dtype]
         rows = request.micro_batch_size * len(request.lanes)
@@ -100,6 +103,7 @@ class Step:
             adapter_e=DTYPE_BYTES[request.adapter_dtype],
             other_half=sorted((request.adapter_dtype, request.compute_dtype))
             == ["bfloat16", "float16"],
+            bfloat16=request.compute_dtype == "bfloat16",
             half_softmax=request.compute_dtype == "float16"
             and request.compute_capability is not None,
             autocast=request.autocast,

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from lora_tune.engine.base import linear_shapes
+from lora_tune.errors import LoraTuneError, ModelError
 from lora_tune.memory.allocator import AllocationEvent, replay
 from lora_tune.memory.request import MemoryRequest
 from lora_tune.memory.terms import cublas_workspace_bytes
@@ -44,6 +45,18 @@ _ROUNDED = {"inputs": "workspace", "loss": "logits_and_loss", "activations": "ac
 CUBLASLT_WORKSPACE = 1 << 20  # ``memory.terms.cublas_workspace_bytes`` has the source
 
 
+# What modeling code raises on shapes, attributes and settings that it was not written for.
+_MODELING_ERRORS = (
+    RuntimeError,
+    KeyError,
+    AttributeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AssertionError,
+)
+
+
 def trace_memory(
     config: Mapping[str, object], request: MemoryRequest, *, full_depth: bool = False
 ) -> MemoryEstimate:
@@ -55,11 +68,21 @@ def trace_memory(
         full_depth: Trace every decoder layer instead of repeating the middle ones.
 
     Raises:
-        ModelError: The config makes no causal language model.
+        ModelError: The config makes no causal language model, or its step does not run without data.
         TargetModulesError: A target matches none of the model's linear layers.
     """
-    with quiet_libraries():
-        return _trace(read_config(config), request, full_depth=full_depth)
+    try:
+        with quiet_libraries():
+            return _trace(read_config(config), request, full_depth=full_depth)
+    except LoraTuneError:
+        raise
+    except _MODELING_ERRORS as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise ModelError(
+            f"a training step of {config.get('model_type')} models cannot be traced with these settings "
+            f"({type(error).__name__}: {first}). Try fewer tokens than the model's positions, attention "
+            "sdpa, or another stack."
+        ) from error
 
 
 def _trace(

@@ -104,7 +104,9 @@ def test_the_object_has_every_field_and_its_terms_sum_to_the_peak(capsys: Captur
 def test_trainable_parameters_are_those_of_the_paper(
     capsys: Capture, model: str, rank: int, targets: str, trainable: int
 ) -> None:
-    found = find_estimated_model(model, targets=targets, exact=False, full_depth=False)
+    found = find_estimated_model(
+        model, targets=targets, attention="sdpa", exact=False, full_depth=False
+    )
     lane = LaneShape(rank=rank, targets=found.targets, lora_dropout=0.0)
     assert found.shape is not None
     assert trainable_parameters(found.shape, lane) == trainable
@@ -548,3 +550,20 @@ def test_no_term_is_negative_and_sizes_are_plausible(capsys: Capture) -> None:
     found = answer(capsys, "llama-3.2-1b", "--gpu", "rtx-4090")
     assert all(size >= 0 for size in found["terms"].values())
     assert GIB < found["process_bytes"] < 8 * GIB
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            ["gpt2", "--lanes", "100000000"],
+            "--lanes is 100,000,000; more than 1,024 is beyond any use",
+        ),
+        (["gpt2", "--rank", "9" * 330], "--rank is a number of 330 digits"),
+        (["gpt2", "--gpu", "9" * 300 + "GiB"], "which is no GPU of the catalogue"),
+    ],
+)
+def test_numbers_beyond_any_use_are_refused(capsys: Capture, asked: list[str], said: str) -> None:
+    code, out, errors = run(capsys, *asked)
+    assert (code, out) == (3, "")
+    assert said in errors

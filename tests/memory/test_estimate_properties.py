@@ -241,3 +241,17 @@ def test_our_engine_needs_less_than_the_trainers() -> None:
         for stack in ("lora-tune", "trl", "trainer", "trainer-kbit")
     }
     assert peaks == dict(sorted(peaks.items(), key=lambda item: item[1]))
+
+
+def test_before_ampere_bfloat16_attention_is_written_out() -> None:
+    """No kernel of torch takes bfloat16 there: scores of 4 * H * S bytes a token in every layer."""
+    t4, ampere = (
+        llama_8b(
+            gradient_checkpointing=False,
+            micro_batch_size=1,
+            compute_capability=capability,
+            padded=True,
+        ).peak_allocated_bytes
+        for capability in ("7.5", "8.0")
+    )
+    assert t4 - ampere > 32 * 4 * 32 * 2048**2  # layers, bytes, heads, pairs of positions
