@@ -330,14 +330,11 @@ def _rotary(fields: dict[str, Any], keys: ConfigKeys, dim: int) -> dict[str, Any
 
 def _sliding(keys: ConfigKeys) -> dict[str, Any]:
     """Return the fields of sliding-window attention."""
-    types = _layer_types(keys)
-    sliding = types.count("sliding_attention")
-    if not sliding:
+    sliding = tuple(kind == "sliding_attention" for kind in _layer_types(keys))
+    if not any(sliding):
         return {}
-    periods = range(1, len(types) + 1)
-    period = next(p for p in periods if all(types[i] == types[i % p] for i in range(len(types))))
     window = keys.count("sliding_window", 4096)
-    return {"sliding_window": window, "num_sliding_layers": sliding, "layer_period": period}
+    return {"sliding_window": window, "sliding_layers": sliding}
 
 
 def _layer_types(keys: ConfigKeys) -> tuple[str, ...]:

@@ -3,9 +3,6 @@
 from collections.abc import Callable, Sequence
 
 from lora_tune.catalog.gpus import load_gpus
-from lora_tune.memory.estimate import estimate_memory
-from lora_tune.memory.request import MemoryRequest
-from lora_tune.memory.shape import ModelShape
 from lora_tune.memory.verdict import find_device
 from lora_tune.records import MemoryEstimate
 from lora_tune.units import format_bytes
@@ -42,27 +39,6 @@ def largest_that_fits(
     """
     descending = sorted(candidates, reverse=True)
     return next((value for value in descending if estimate(value) <= budget_bytes), 0)
-
-
-def largest_rank_that_fits(
-    shape: ModelShape,
-    request_for: Callable[[int], MemoryRequest],
-    ranks: Sequence[int],
-    budget_bytes: int,
-) -> int:
-    """Return the largest rank whose trial pack fits, 0 when none does.
-
-    Args:
-        shape: The base model.
-        request_for: The trial pack that is trained with a rank.
-        ranks: The ranks of the search space.
-        budget_bytes: What ``resolve_budget`` gave.
-    """
-
-    def peak(rank: int) -> int:
-        return estimate_memory(shape, request_for(rank)).peak_allocated_bytes
-
-    return largest_that_fits(ranks, peak, budget_bytes)
 
 
 def explain_no_fit(

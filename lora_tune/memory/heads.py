@@ -58,7 +58,7 @@ def full_logits(ops: Ops, shape: ModelShape, hidden: list[Value]) -> None:
     if own != e:
         grad = book.hold(own * tokens * shape.hidden)
     book.accumulate(source, grad)
-    ops.outputs = logits  # held to the end of backward, or nothing
+    ops.held += logits  # of a caller who keeps them, or nothing
 
 
 def label_chunks(ops: Ops, shape: ModelShape, hidden: list[Value]) -> None:
@@ -75,7 +75,7 @@ def label_chunks(ops: Ops, shape: ModelShape, hidden: list[Value]) -> None:
     ops.embeddings.clear()
     source = normed.node
     assert source is not None
-    ops.label_hidden = book.hold(e * h * labels, LOGITS)
+    ops.held.append(book.hold(e * h * labels, LOGITS))
     del normed
     book.phase = "loss"
     losses = book.hold(4 * labels, LOGITS)

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from lora_tune.memory.ledger import GRADIENT, Block, Gradient, Node, Value
 from lora_tune.memory.ops import Ops, Site
-
-NF4_BLOCK = 64
+from lora_tune.memory.terms import NF4_BLOCK
 
 
 def linear(ops: Ops, x: Value, site: Site) -> Value:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from lora_tune.memory.ledger import Block, Book, Gradient, Node, Value
 
-NF4_BLOCK = 64
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
@@ -128,8 +126,7 @@ class Ops:
         self.recomputing = False
         self.named: list[Block] = []  # what a decoder layer refers to until it returns
         self.embeddings: list[Block] = []  # which the decoder's forward refers to until it returns
-        self.outputs: list[Block] = []  # that the caller holds
-        self.label_hidden: Block | None = None
+        self.held: list[Block] = []  # what lives to the end of the step
         self.begun: list[
             Block
         ] = []  # what the last linear layer's backward did before a recomputation

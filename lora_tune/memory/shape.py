@@ -28,7 +28,7 @@ class ModelShape:
     """Sizes and structure of a decoder. Hashable, so that what is derived from it can be cached.
 
     All layers have the same tensors. What differs between layers is attention's reach
-    (``num_sliding_layers``) and whether positions are rotated (``num_rotary_layers``).
+    (``sliding_layers``) and whether positions are rotated (``num_rotary_layers``).
     """
 
     model_type: str
@@ -66,8 +66,7 @@ class ModelShape:
     fused_qkv: bool = False  # one linear for query, key and value
     attention_softcap: bool = False  # scores through tanh (Gemma 2): no fused attention
     sliding_window: int | None = None  # tokens that a sliding layer sees; None: no sliding layer
-    num_sliding_layers: int = 0
-    layer_period: int = 1  # after how many layers the pattern of sliding and full ones repeats
+    sliding_layers: tuple[bool, ...] = ()  # layer by layer, whether it slides; empty: none does
     rotary_dim: int = 0  # dimensions of a head that are rotated; 0: none
     num_rotary_layers: int = 0  # all, but for SmolLM3's layers without positions
     num_rotary_tables: int = 0  # pairs (cos, sin) made in a forward pass; 2: one a layer type
@@ -86,6 +85,11 @@ class ModelShape:
     embedding_dropout: float = 0.0  # the base model's own, in training mode (GPT-2: 0.1)
     hidden_dropout: float = 0.0  # on the outputs of attention and MLP
     attention_dropout: float = 0.0  # on attention's probabilities
+
+    @property
+    def num_sliding_layers(self) -> int:
+        """Layers whose attention slides."""
+        return sum(self.sliding_layers)
 
     @property
     def query_size(self) -> int:

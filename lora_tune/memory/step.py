@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lora_tune.errors import UncoveredModelError
-from lora_tune.memory import experts
+from lora_tune.memory import experts, terms
 from lora_tune.memory.heads import HEADS
 from lora_tune.memory.layers import LAYERS
 from lora_tune.memory.ledger import GRADIENT, Block, Book, Gradient, RecordingBook, Value
@@ -59,9 +59,9 @@ def layer_kinds(shape: ModelShape, request: MemoryRequest, *, each: bool = False
     padded = always or (takes_masks and request.padded and request.stack != "lora-tune")
     window = shape.sliding_window
     slides = takes_masks and window is not None and request.max_length >= window
-    layers = [
-        padded or (slides and is_sliding(shape, number)) for number in range(shape.num_layers)
-    ]
+    layers = [padded] * shape.num_layers
+    if slides and not padded:
+        layers = list(shape.sliding_layers)
     middle = layers[1:-1]
     counts = [(masked, 1) for masked in middle] if each else sorted(Counter(middle).items())
     return Kinds(
@@ -69,16 +69,6 @@ def layer_kinds(shape: ModelShape, request: MemoryRequest, *, each: bool = False
         middle=tuple(counts),
         last=layers[-1] if len(layers) > 1 else None,
     )
-
-
-def is_sliding(shape: ModelShape, number: int) -> bool:
-    """Say whether a layer's attention slides: in periods the last of each is full."""
-    sliding, layers = shape.num_sliding_layers, shape.num_layers
-    if sliding in (0, layers):
-        return sliding == layers
-    if shape.layer_period < layers:
-        return bool((number + 1) % shape.layer_period)
-    return number >= layers - sliding
 
 
 class Step:
@@ -99,7 +89,7 @@ class Step:
             label_tokens=rows * max(1, labels),  # the first token of a row is never one
             chunk_tokens=request.chunk_tokens,
             compute_e=e,
-            weight_e=4 if request.stack == "trainer-kbit" else e,
+            weight_e=terms.weight_bytes(request),
             adapter_e=DTYPE_BYTES[request.adapter_dtype],
             other_half=sorted((request.adapter_dtype, request.compute_dtype))
             == ["bfloat16", "float16"],
@@ -123,7 +113,6 @@ class Step:
         self.head = HEADS[request.stack]
         self.sites = self._sites()
         self.kinds = layer_kinds(shape, request, each=isinstance(book, RecordingBook))
-        self.kept_embedding: Block | None = None
         self.last = next((site for site in self.sites.values() if site.last), None)
 
     def run(self) -> Peak:
@@ -261,7 +250,7 @@ class Step:
         if shape.learned_positions:
             ops.embeddings.append(book.hold(n.weight_e * n.length * shape.hidden))
             if request.gradient_checkpointing:
-                self.kept_embedding = block  # traced: GPT-2's stays referred to
+                ops.held.append(block)  # traced: GPT-2's stays referred to
             block = book.hold(size)
         hidden = Value(block, n.weight_e, node)
         del block

@@ -24,11 +24,11 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from lora_tune.catalog.targets import matches_suffix
 from lora_tune.errors import ModelError, TargetModulesError
 from lora_tune.memory.request import LaneShape, MemoryRequest
+from lora_tune.memory.terms import NF4_BLOCK, NF4_BLOCKS_PER_STATE
 from lora_tune.records import LinearShape
 from lora_tune.trace.attention import FLASH_ATTENTION_2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BLOCK, BLOCKS_PER_STATE = 64, 256
 
 
 def read_config(config: Mapping[str, object]) -> transformers.PreTrainedConfig:
@@ -148,7 +148,7 @@ def _meta_weight(
     """
     shape = torch.Size((module.out_features, module.in_features))
     n = math.prod(shape)
-    blocks = math.ceil(n / BLOCK)
+    blocks = math.ceil(n / NF4_BLOCK)
 
     def empty(count: int | tuple[int, ...], of: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=of, device="meta")
@@ -157,16 +157,16 @@ def _meta_weight(
     if double:
         offset = empty((), torch.float32)
         nested = QuantState(
-            absmax=empty(math.ceil(blocks / BLOCKS_PER_STATE), torch.float32),
+            absmax=empty(math.ceil(blocks / NF4_BLOCKS_PER_STATE), torch.float32),
             code=empty(256, torch.float32),
-            blocksize=BLOCKS_PER_STATE,
+            blocksize=NF4_BLOCKS_PER_STATE,
             dtype=torch.float32,
         )
     state = QuantState(
         absmax=empty(blocks, torch.uint8 if double else torch.float32),
         shape=shape,
         code=empty(16, torch.float32),
-        blocksize=BLOCK,
+        blocksize=NF4_BLOCK,
         quant_type="nf4",
         dtype=dtype,
         offset=offset,
@@ -177,7 +177,7 @@ def _meta_weight(
         empty((math.ceil(n / 2), 1), torch.uint8),
         requires_grad=False,
         quant_state=state,
-        blocksize=BLOCK,
+        blocksize=NF4_BLOCK,
         compress_statistics=double,
         quant_type="nf4",
         bnb_quantized=True,

@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from lora_tune.trace.tracker import ALIGNMENT
-
-NF4_BLOCK = 64
+from lora_tune.memory.terms import NF4_BLOCK, rounded
 
 Args = Sequence[object]
 Named = Mapping[str, object]
@@ -23,10 +21,6 @@ def cuda_temporaries(op: str, args: Args, kwargs: Named) -> int:
     return 0 if rule is None else rule(args, kwargs)
 
 
-def _rounded(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
 def _tensor(value: object) -> Tensor:
     assert isinstance(value, Tensor)
     return value
@@ -35,7 +29,7 @@ def _tensor(value: object) -> Tensor:
 def _softmax_backward(args: Args, kwargs: Named) -> int:
     """``grad * output`` as a tensor of its own. Source: torch ``SoftMax.cu``, softmax_backward."""
     gradient = _tensor(args[0])
-    return _rounded(gradient.numel() * gradient.element_size())
+    return rounded(gradient.numel() * gradient.element_size())
 
 
 def _safe_softmax(args: Args, kwargs: Named) -> int:
@@ -44,13 +38,13 @@ def _safe_softmax(args: Args, kwargs: Named) -> int:
     Source: torch ``SoftMax.cpp``, ``_safe_softmax``; its inner operations run below the mode.
     """
     scores = _tensor(args[0])
-    return _rounded(scores.numel() * scores.element_size()) + _rounded(scores.numel())
+    return rounded(scores.numel() * scores.element_size()) + rounded(scores.numel())
 
 
 def _logsumexp(args: Args, kwargs: Named) -> int:
     """One copy of the input: its inner operations run below the dispatch mode."""
     values = _tensor(args[0])
-    return _rounded(values.numel() * values.element_size())
+    return rounded(values.numel() * values.element_size())
 
 
 def _gemm_4bit(args: Args, kwargs: Named) -> int:
@@ -62,10 +56,10 @@ def _gemm_4bit(args: Args, kwargs: Named) -> int:
     x, shape = _tensor(args[0]), args[2]
     assert isinstance(shape, (tuple, list))
     n = math.prod(shape)
-    total = _rounded(n * x.element_size())
+    total = rounded(n * x.element_size())
     nested = args[7] if len(args) > 7 else kwargs.get("absmax_8bit")
     if nested is not None:
-        total += 2 * _rounded(4 * math.ceil(n / NF4_BLOCK))
+        total += 2 * rounded(4 * math.ceil(n / NF4_BLOCK))
     return total
 
 
@@ -81,9 +75,9 @@ def _flash_backward(args: Args, kwargs: Named) -> int:
         query, key = (t.transpose(0, 1).unsqueeze(0) for t in (query, key))
     batch, heads, length, width = query.shape
     s, d = -(-length // 128) * 128, -(-width // 32) * 32
-    total = _rounded(4 * batch * s * heads * d) + _rounded(4 * batch * heads * s)
+    total = rounded(4 * batch * s * heads * d) + rounded(4 * batch * heads * s)
     if key.shape[1] != heads:
-        total += 2 * _rounded(query.element_size() * batch * key.shape[2] * heads * width)
+        total += 2 * rounded(query.element_size() * batch * key.shape[2] * heads * width)
     return total
 
 
@@ -94,7 +88,7 @@ def _efficient_backward(args: Args, kwargs: Named) -> int:
     """
     query, key, value = (_tensor(args[i]) for i in (1, 2, 3))
     rows = query.shape[0] * query.shape[1] * query.shape[2]
-    return sum(_rounded(4 * t.numel()) for t in (query, key, value)) + _rounded(4 * rows)
+    return sum(rounded(4 * t.numel()) for t in (query, key, value)) + rounded(4 * rows)
 
 
 _RULES: dict[str, Callable[[Args, Named], int]] = {

@@ -20,11 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ALIGNMENT = 512
-"""The CUDA caching allocator rounds every tensor up to this (``c10/core/AllocatorConfig.h``)."""
-
-CATEGORIES = ("base", "adapters", "optimizer", "gradients", "inputs", "loss", "activations")
-"""What a storage is; ``loss`` is logits and what the loss copies of hidden states."""
+from lora_tune.memory.terms import rounded
 
 
 class BlockName(NamedTuple):
@@ -60,7 +56,7 @@ class Storage:
     @property
     def booked_bytes(self) -> int:
         """Bytes that the allocator books."""
-        return -(-self.num_bytes // ALIGNMENT) * ALIGNMENT
+        return rounded(self.num_bytes)
 
 
 @dataclass(slots=True)

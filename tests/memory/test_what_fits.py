@@ -7,7 +7,6 @@ from lora_tune.errors import StudyFileError
 from lora_tune.memory.estimate import estimate_memory
 from lora_tune.memory.fit import (
     explain_no_fit,
-    largest_rank_that_fits,
     largest_that_fits,
     resolve_budget,
 )
@@ -63,10 +62,10 @@ def test_an_unknown_gpu_names_the_key_the_nearest_and_the_choices() -> None:
 
 def test_the_largest_rank_is_the_last_whose_peak_is_within_the_budget() -> None:
     ranks = (4, 128, 16, 64, 8, 32)
-    assert largest_rank_that_fits(SHAPE, request, ranks, peak(32)) == 32
-    assert largest_rank_that_fits(SHAPE, request, ranks, peak(32) - 1) == 16
-    assert largest_rank_that_fits(SHAPE, request, ranks, peak(128)) == 128
-    assert largest_rank_that_fits(SHAPE, request, ranks, peak(4) - 1) == 0
+    assert largest_that_fits(ranks, peak, peak(32)) == 32
+    assert largest_that_fits(ranks, peak, peak(32) - 1) == 16
+    assert largest_that_fits(ranks, peak, peak(128)) == 128
+    assert largest_that_fits(ranks, peak, peak(4) - 1) == 0
 
 
 def test_nothing_fits_is_zero() -> None:
