@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lora_tune.memory.request import LaneShape, MemoryRequest, resolve_request
+from lora_tune.memory.request import GROUP_RANK_OF_CPUS, LaneShape, MemoryRequest, resolve_request
 
 NUM_POINTS = 72
 _SEED = 20
@@ -134,7 +134,7 @@ def shrunk(point: GridPoint) -> GridPoint:
         max_length=32,
         optimizer="adamw",
         compute_capability=None,
-        grouped=False,
+        group_rank=GROUP_RANK_OF_CPUS,
         label_fraction=0.5,
     )
     return replace(point, model="tiny", config=TINY, request=request)

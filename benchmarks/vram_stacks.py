@@ -176,14 +176,14 @@ def _run_engine(point: GridPoint, model: nn.Module, observer: Observer) -> None:
         micro_batch_size=request.micro_batch_size,
         max_grad_norm=1.0,
         weight_decay=0.0,
-        grouped=request.grouped,
+        group_rank=request.group_rank,
     )
     pack = TrialPack(base, _rows(point, batch), settings)
     lanes = [
         pack.new_lane(_lane_job(point, base.linears, number))
         for number in range(len(request.lanes))
     ]
-    adapters = [matrix for lane in lanes if lane.adapter for matrix in lane.adapter.parameters()]
+    adapters = [lane.adapter.flat for lane in lanes if lane.adapter]
     observer.begin(
         base_weights=_total_bytes(frozen_tensors(base.model)), adapters=_total_bytes(adapters)
     )

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,8 +24,9 @@ import transformers
 from lora_tune.data import prepare_data
 from lora_tune.engine.base import DTYPES, BaseModel, load_base_model, read_meta_model
 from lora_tune.engine.convert import converted_folder
+from lora_tune.engine.lora import default_group_rank
 from lora_tune.engine.pack import PackSettings
-from lora_tune.engine.probe import fastest_compute_dtype, worthwhile_lanes
+from lora_tune.engine.probe import Probe, ProbeOptions, mean_length, rising_sizes
 from lora_tune.errors import MachineError, ModelError, StudyFileError, UncoveredModelError
 from lora_tune.hub import ModelFiles, find_model
 from lora_tune.memory.fit import resolve_budget
@@ -40,12 +42,15 @@ from lora_tune.records import (
     TargetSet,
     TrialConfig,
 )
+from lora_tune.report.probe import probe_sentence
+from lora_tune.search.evaluation import RungCosts
 from lora_tune.search.gate import Gate, resolve_sets
-from lora_tune.search.ladder import rung_steps
+from lora_tune.search.ladder import planned_steps, rung_steps
 from lora_tune.study.spec import StudySpec
 from lora_tune.trace.estimate import trace_memory
 
 MOST_WARMUP_STEPS = 100
+_CPU_DTYPES = ("float32", "bfloat16")  # float16 is slow there
 _PACKAGES = (
     "lora-tune",
     "torch",
@@ -78,6 +83,8 @@ class Draft(NamedTuple):
 
     target_sets: tuple[TargetSet, ...]
     plan: LanePlan
+    open_sizes: tuple[int, ...]  # micro-batches that a measurement may choose from
+    most_lanes: Callable[[int], int]  # how many lanes of a micro-batch fit
     notes: tuple[str, ...]
 
 
@@ -153,9 +160,10 @@ def draft_plan(inputs: Inputs, *, free_bytes: int) -> Draft:
     spec = inputs.spec
     gpu, safety = spec.memory.gpu, spec.memory.safety
     budget = resolve_budget(gpu, safety=safety, free_bytes=free_bytes)
-    grouped = inputs.device == "cuda"
     dtype = _load_dtype(inputs)
-    gate = make_gate(inputs, dtype, budget, grouped=grouped)
+    # in float16 an overflow is an ordinary event, which neighbours must not share
+    group_rank = 0 if dtype == "float16" else default_group_rank(inputs.device)
+    gate = make_gate(inputs, dtype, budget, group_rank=group_rank)
     target_sets, notes = gate.target_sets(inputs.modules)
     pack_plan = gate.pack_plan(target_sets)
     if spec.run.lanes != "auto" and pack_plan.most_lanes < spec.run.lanes:
@@ -168,23 +176,49 @@ def draft_plan(inputs: Inputs, *, free_bytes: int) -> Draft:
         lanes=pack_plan.most_lanes,
         micro_batch_size=pack_plan.micro_batch_size,
         gradient_checkpointing=pack_plan.gradient_checkpointing,
-        grouped=grouped,
+        group_rank=group_rank,
         budget_bytes=budget,
         capacity_bytes=resolve_budget(gpu, safety=1.0, free_bytes=free_bytes),
     )
-    return Draft(target_sets, plan, tuple(notes))
+
+    def most_lanes(micro_batch_size: int) -> int:
+        return gate.most_lanes(replace(pack_plan, micro_batch_size=micro_batch_size), target_sets)
+
+    return Draft(target_sets, plan, gate.open_sizes(pack_plan), cache(most_lanes), tuple(notes))
 
 
 def make_lock(
-    inputs: Inputs, base: BaseModel, draft: Draft, *, command: str, study_file: Path, note: Note
+    inputs: Inputs,
+    base: BaseModel,
+    draft: Draft,
+    *,
+    command: str,
+    study_file: Path,
+    note: Note,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> StudyLock:
-    """Settle the draft by measurement and return what the whole study will keep to."""
+    """Settle the draft by measurement and return what the whole study will keep to.
+
+    Args:
+        inputs: What the study starts from.
+        base: The loaded base; it is left as the study trains it.
+        draft: What the estimate decided.
+        command: The command line, for the record.
+        study_file: Where the study file is, for the record.
+        note: Is told what is measured and decided.
+        clock: Returns seconds.
+    """
     spec, data = inputs.spec, inputs.data
     total_steps = _total_steps(spec, len(data.train))
     rungs = rung_steps(
         spec.search.rungs, total_steps=total_steps, min_steps=spec.search.min_rung_steps
     )
-    plan = _measure(draft.plan, inputs, base, draft.target_sets, note)
+    plan = _measure(draft, inputs, base, rungs, note, clock)
+    costs, selection_rows = _rung_costs(spec, plan, rungs), len(data.selection)
+    eval_rows = costs.eval_rows(selection_rows, whole_at_last=spec.data.selection_rows is not None)
+    eval_notes = costs.notes(eval_rows, selection_rows)
+    for text in eval_notes:
+        note(text)
     return StudyLock(
         name=spec.study.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -194,27 +228,78 @@ def make_lock(
         spec_sha256=spec_hash(spec),
         model=_identity(inputs, base),
         data=data.fingerprint,
-        notes=(*inputs.notes, *draft.notes),
+        notes=(*inputs.notes, *draft.notes, *eval_notes),
         versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         hardware=_hardware(inputs.device),
         plan=plan,
         rungs=rungs,
         warmup_steps=min(MOST_WARMUP_STEPS, round(spec.train.warmup_ratio * total_steps)),
         target_sets=draft.target_sets,
+        eval_rows=eval_rows,
     )
 
 
 def _measure(
-    plan: LanePlan,
+    draft: Draft,
     inputs: Inputs,
     base: BaseModel,
-    target_sets: tuple[TargetSet, ...],
+    rungs: tuple[int, ...],
     note: Note,
+    clock: Callable[[], float],
 ) -> LanePlan:
-    """Settle by short trials what the study leaves to measurement: compute type and lanes."""
-    spec = inputs.spec
+    """Settle by short readings what the study leaves to measurement; the base is left so."""
+    plan = draft.plan
+    base.set_gradient_checkpointing(plan.gradient_checkpointing)
+    options = _probe_options(draft, inputs, rungs)
+    settings = pack_settings(inputs.spec, plan)
+    config = _largest_config(draft.target_sets)
+    probe = Probe(base, inputs.data.train, settings, config, options, clock=clock)
+    if probe.is_needed:
+        note("measuring which plan is fastest, for at most a twentieth of the study's time ...")
+    found = probe.run()
+    plan = replace(
+        plan,
+        compute_dtype=found.compute_dtype,
+        probe_readings=found.readings,
+        probe_s=found.probe_s,
+        probe_cut=found.cut,
+    )
+    if inputs.spec.run.lanes == "auto":
+        plan = replace(plan, lanes=found.lanes, micro_batch_size=found.micro_batch_size)
+    note(
+        f"lanes a pack: {plan.lanes}; rows a lane and pass: {plan.micro_batch_size}; {plan.compute_dtype}; "
+        f"gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}."
+    )
+    if sentence := probe_sentence(plan):
+        note(sentence)
+    return plan
+
+
+def _probe_options(draft: Draft, inputs: Inputs, rungs: tuple[int, ...]) -> ProbeOptions:
+    """Return what the probe may choose from, and how long the study will be."""
+    spec, plan, row_tokens = inputs.spec, draft.plan, mean_length(inputs.data.train)
+    sizes, trials = draft.open_sizes, spec.search.trials
+    lanes_are_open = spec.run.lanes == "auto"
+    if not lanes_are_open:  # at most the compute type is open, for which a small pass will do
+        whole = plan.micro_batch_size
+        divisors = [size for size in range(1, whole + 1) if whole % size == 0]
+        sizes = rising_sizes(divisors, mean_tokens=row_tokens)[:1]
+    type_is_open = spec.model.compute_dtype == "auto" and inputs.device == "cpu"
+    steps = planned_steps(rungs, cooldown_ratio=spec.train.cooldown_ratio, num_trials=trials)
+    hours = spec.search.max_hours
+    return ProbeOptions(
+        micro_batch_sizes=sizes,
+        most_lanes=lambda size: min(trials, draft.most_lanes(size)) if lanes_are_open else 1,
+        compute_dtypes=_CPU_DTYPES if type_is_open else (plan.compute_dtype,),
+        study_tokens=steps * spec.train.effective_batch_size * row_tokens,
+        most_study_s=float("inf") if hours is None else 3600 * hours,
+    )
+
+
+def _largest_config(target_sets: tuple[TargetSet, ...]) -> TrialConfig:
+    """Return a lane at the largest rank of the last target set that fits."""
     largest = next(t for t in reversed(target_sets) if t.max_rank)
-    config = TrialConfig(
+    return TrialConfig(
         rank=largest.max_rank,
         lora_alpha=largest.max_rank,
         lora_dropout=0.0,
@@ -222,28 +307,18 @@ def _measure(
         target_modules=largest.modules,
         learning_rate=1e-6,
     )
-    base.set_gradient_checkpointing(plan.gradient_checkpointing)
-    readings: dict[str, float] = {}
-    settings = pack_settings(spec, plan)
-    if spec.model.compute_dtype == "auto" and inputs.device == "cpu":
-        note("measuring whether float32 or bfloat16 is faster on this CPU ...")
-        dtype, found = fastest_compute_dtype(base, inputs.data.train, settings, config)
-        plan = replace(plan, compute_dtype=dtype)
-        readings |= found
-    if spec.run.lanes == "auto" and plan.lanes > 1:
-        note("measuring how many lanes pay ...")
-        most = min(plan.lanes, spec.search.trials)
-        lanes, found = worthwhile_lanes(base, inputs.data.train, settings, config, most=most)
-        plan = replace(plan, lanes=lanes)
-        readings |= found
-    note(
-        f"lanes a pack: {plan.lanes}; rows a lane and pass: {plan.micro_batch_size}; {plan.compute_dtype}; "
-        f"gradient checkpointing {'on' if plan.gradient_checkpointing else 'off'}."
+
+
+def _rung_costs(spec: StudySpec, plan: LanePlan, rungs: tuple[int, ...]) -> RungCosts:
+    return RungCosts(
+        rungs=rungs,
+        cooldown_ratio=spec.train.cooldown_ratio,
+        effective_batch_size=spec.train.effective_batch_size,
+        gradient_checkpointing=plan.gradient_checkpointing,
     )
-    return replace(plan, tokens_per_s=readings)
 
 
-def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, grouped: bool) -> Gate:
+def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, group_rank: int) -> Gate:
     """Return the gate of a study whose longest row decides the batch."""
     return Gate(
         inputs.spec,
@@ -251,7 +326,7 @@ def make_gate(inputs: Inputs, dtype: str, budget_bytes: int, *, grouped: bool) -
         compute_dtype=dtype,
         max_tokens=inputs.data.fingerprint.max_tokens,
         budget_bytes=budget_bytes,
-        grouped=grouped,
+        group_rank=group_rank,
         compute_capability=_compute_capability(inputs.device),
         estimate=None if inputs.shape.covered else _tracer(inputs.config),
     )
@@ -288,9 +363,9 @@ def load_base(inputs: Inputs, lock: StudyLock | None) -> BaseModel:
 def _load_dtype(inputs: Inputs) -> str:
     if inputs.spec.model.compute_dtype != "auto":
         return inputs.spec.model.compute_dtype
-    if inputs.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16"
-    return "float32"
+    if inputs.device == "cpu":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:
@@ -300,7 +375,7 @@ def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:
         micro_batch_size=plan.micro_batch_size,
         max_grad_norm=spec.train.max_grad_norm,
         weight_decay=spec.train.weight_decay,
-        grouped=plan.grouped,
+        group_rank=plan.group_rank,
     )
 
 

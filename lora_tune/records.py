@@ -3,7 +3,7 @@
 Memory is bytes, time is seconds, losses are nats per target token.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """Losses of one evaluation, example by example, in the order of the split."""
+    """Losses of one evaluation, example by example: the split's first rows, in its order."""
 
     split: str
     loss_sums: tuple[float, ...]  # summed nats of each example's target tokens
@@ -131,7 +131,7 @@ class EvalResult:
 
     @property
     def mean_loss(self) -> float:
-        """Nats per target token over the whole split."""
+        """Nats per target token over the rows evaluated."""
         return sum(self.loss_sums) / sum(self.label_counts)
 
 
@@ -157,6 +157,7 @@ class LaneJob:
     eval_dtype: str  # "train" or "float32"
     start_folder: Path | None
     result_folder: Path | None
+    eval_rows: int | None = None  # of the split, the first ones; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,18 +252,40 @@ class TargetSet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeReading:
+    """How fast one way to train a pack was, measured before the first trial.
+
+    Forward, backward and an optimizer step of equal lanes with the study's largest adapter, on rows
+    of about the mean length of the training split; every reading uses the same rows.
+    """
+
+    lanes: int
+    micro_batch_size: int  # rows a lane and pass
+    compute_dtype: str
+    tokens_per_s: float  # of all lanes together; 0 when memory ran out
+    peak_bytes: int | None  # allocated, of these rows; None on a CPU, which keeps no peak
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LanePlan:
-    """What the first start decided, kept in study.lock.json and used again on resume."""
+    """What the first start decided, kept in study.lock.json and used again on resume.
+
+    ``probe_readings`` are in the order in which they were measured; there are none when nothing was
+    left to measure.
+    """
 
     compute_dtype: str
     device: str
     lanes: int
     micro_batch_size: int
     gradient_checkpointing: bool
-    grouped: bool  # grouped low-rank products (True) or one product a lane
     budget_bytes: int
-    tokens_per_s: dict[str, float] = field(default_factory=dict)  # the probe's readings
+    group_rank: int = 0  # largest sum of ranks in one low-rank product; 0: one product a lane
     capacity_bytes: int = 0  # what the budget is a share of; 0 in a study of an older version
+    probe_readings: tuple[ProbeReading, ...] = ()
+    probe_s: float = 0.0  # seconds that the readings took
+    probe_cut: bool = False  # more readings would have taken more than their share of the study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +321,8 @@ class StudyLock:
     rungs: tuple[int, ...]  # optimizer steps at the end of each rung
     warmup_steps: int
     target_sets: tuple[TargetSet, ...]
+    # selection rows used at each rung, the first ones; empty in a study of an older version: all
+    eval_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

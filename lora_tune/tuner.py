@@ -151,7 +151,7 @@ def _search_and_confirm(
         base_model=inputs.files.hub_id or str(inputs.folder),
         meter=meter,
     )
-    gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, grouped=plan.grouped)
+    gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, group_rank=plan.group_rank)
     ladder = _make_ladder(inputs, lock, store, gate, elapsed)
     calibrator = Calibrator(
         gate,
@@ -230,7 +230,9 @@ def confirm(
         result_folder=None,
     )
     untuned = replace(adapter, trial=BASE_TRIAL, config=None, start_folder=None)
-    jobs = [adapter, untuned, replace(untuned, eval_split="selection", eval_dtype="train")]
+    seen = len(winner.rungs[-1].evaluation.label_counts)  # selection rows behind the winner's loss
+    selection = replace(untuned, eval_split="selection", eval_dtype="train", eval_rows=seen)
+    jobs = [adapter, untuned, selection]
     results = []
     for job in jobs:  # one by one: they must fit wherever a single lane does
         executor.submit(job)
@@ -291,6 +293,7 @@ def _make_ladder(
             cooldown_ratio=spec.train.cooldown_ratio,
             window=plan.lanes,
             budget_bytes=plan.budget_bytes,
+            eval_rows=lock.eval_rows,
         ),
         space,
         proposer,

@@ -15,7 +15,12 @@ from lora_tune.commands.estimate_machine import this_machines_gpu
 from lora_tune.commands.estimate_options import refuse_others
 from lora_tune.errors import InfeasibleError, StudyFileError
 from lora_tune.hub import find_config
-from lora_tune.memory.request import LaneShape, MemoryRequest, resolve_request
+from lora_tune.memory.request import (
+    GROUP_RANK_OF_GPUS,
+    LaneShape,
+    MemoryRequest,
+    resolve_request,
+)
 from lora_tune.memory.shape import ModelShape
 from lora_tune.memory.study_time import study_tokens
 from lora_tune.memory.throughput import parse_price, plan_time
@@ -112,13 +117,14 @@ def _frontier(
     spec: StudySpec, shape: ModelShape, modules: dict[str, tuple[str, ...]], device: Device
 ) -> GpuFrontier:
     there = spec.memory.model_copy(update={"gpu": device.name})
+    dtype = _compute_dtype(spec, device)
     gate = Gate(
         spec.model_copy(update={"memory": there}),
         shape,
-        compute_dtype=_compute_dtype(spec, device),
+        compute_dtype=dtype,
         max_tokens=spec.data.max_length,
         budget_bytes=int(device.usable_bytes * spec.memory.safety),
-        grouped=True,
+        group_rank=0 if dtype == "float16" else GROUP_RANK_OF_GPUS,
         compute_capability=device.compute_capability or DEFAULT_CAPABILITY,
     )
     try:
@@ -150,7 +156,7 @@ def _compute_dtype(spec: StudySpec, device: Device) -> str:
     """Return the compute type as a study on that GPU would choose it."""
     if spec.model.compute_dtype != "auto":
         return spec.model.compute_dtype
-    return "bfloat16" if device.has_bfloat16 else "float32"
+    return "bfloat16" if device.has_bfloat16 else "float16"
 
 
 def _with_time(

@@ -25,6 +25,10 @@ def run(study: str, *, command: str) -> None:
     # OpenMP reads this when torch is imported. By default its threads spin at every barrier, and on a
     # CPU that is shared with anything else training then slows down up to tenfold; see docs/log.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's CUDA allocator reads this when it is first used. Passes differ in their number of tokens, and
+    # segments that can grow do not break into pieces over them.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Heavy imports come after the study file has been found good.
     from lora_tune.tuner import run_study
 

@@ -1,5 +1,6 @@
 """An adapter in PEFT's own format, written and read by PEFT's and safetensors' own code."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_tune.engine.lora import LaneAdapter
-from lora_tune.records import TrialConfig
+from lora_tune.records import LinearShape, TrialConfig
 
 WEIGHTS_FILE = peft.utils.constants.SAFETENSORS_WEIGHTS_NAME
 CONFIG_FILE = peft.utils.constants.CONFIG_NAME
@@ -43,11 +44,13 @@ def save_adapter(adapter: LaneAdapter, folder: Path, *, base_model: str | None) 
     peft_config(adapter.config, base_model=base_model, inference=True).save_pretrained(folder)
 
 
-def load_adapter(config: TrialConfig, folder: Path, device: torch.device) -> LaneAdapter:
-    """Return the adapter saved in ``folder`` for a lane of this configuration."""
+def load_adapter(
+    config: TrialConfig, folder: Path, shapes: Sequence[LinearShape], device: torch.device
+) -> LaneAdapter:
+    """Return the adapter saved in ``folder`` for a lane of this configuration that is not trained."""
     tensors = load_file(folder / WEIGHTS_FILE)
-    weights = {}
-    for name in config.target_modules:
-        a, b = (tensors[f"{_PREFIX}{name}.lora_{letter}.weight"].to(device) for letter in "AB")
-        weights[name] = (a.requires_grad_(), b.requires_grad_())
-    return LaneAdapter(config, weights)
+    adapter = LaneAdapter(config, shapes, device, trained=False)
+    for name, pair in adapter.weights.items():
+        for letter, matrix in zip("AB", pair, strict=True):
+            matrix.copy_(tensors[f"{_PREFIX}{name}.lora_{letter}.weight"])
+    return adapter

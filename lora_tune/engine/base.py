@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lora_tune.engine.attention import attend_by_rows
+from lora_tune.engine.batches import Batch, as_arrays, collate
 from lora_tune.engine.lora import PackedLinear, PackLayout
+from lora_tune.engine.loss import label_losses
 from lora_tune.errors import ModelError
 from lora_tune.records import LinearShape, TokenizedRow
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class BaseModel:
@@ -25,6 +28,7 @@ class BaseModel:
     Attributes:
         layout: Who owns which rows of the running batch; ``TrialPack`` sets it before each pass.
         linears: Every linear layer that LoRA can adapt, the output head excluded.
+        flat: Whether the rows of a pass lie in one line without padding (engine/attention.py).
     """
 
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype) -> None:
@@ -36,6 +40,7 @@ class BaseModel:
         for shape in self.linears:
             layer = model.get_submodule(shape.name)
             model.set_submodule(shape.name, PackedLinear(layer, shape.name, self.layout))
+        self.flat = attend_by_rows(model, self.layout)
         # bitsandbytes swaps the weights of a CPU layer for a bfloat16-only packing the first time it
         # runs without gradients, which changes losses by tenths of a percent: keep the real ones.
         for module in model.modules():
@@ -93,9 +98,14 @@ class BaseModel:
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = enabled
 
-    def hidden_states(self, ids_BT: Tensor) -> Tensor:
-        """Return the decoder's last hidden states, (B, T, H), after the final norm."""
-        hidden: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the decoder's last hidden states, (*batch.ids.shape, H), after the final norm.
+
+        The layout must have been told of the batch (``PackLayout.set_pass``).
+        """
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        found = self.decoder(input_ids=batch.ids, use_cache=False, **positions)
+        hidden: Tensor = found.last_hidden_state
         return hidden
 
 
@@ -112,7 +122,7 @@ def load_base_model(
     Args:
         folder: config.json and safetensors.
         quantization: ``nf4`` or ``none``.
-        compute_dtype: ``float32`` or ``bfloat16``.
+        compute_dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu`` or ``cuda``.
         check_rows: A few rows on which the labels-only loss is compared with the model's own.
 
@@ -190,16 +200,15 @@ def _in_out(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _check_head(base: BaseModel, row: TokenizedRow) -> None:
-    from lora_tune.engine.batches import collate
-    from lora_tune.engine.loss import label_losses
-
-    batch = collate([row], base.device)
-    base.layout.adapters, base.layout.rows = (None,), (slice(0, 1),)
+    batch = collate([[as_arrays(row)]], base.device, flat=base.flat)
+    ids = torch.tensor([row.input_ids], device=base.device)
     with torch.no_grad():
-        hidden = base.hidden_states(batch.ids_BT).flatten(0, 1)[batch.positions_N]
-        ours = label_losses(hidden, base.head, batch.targets_N, None).losses_N.mean()
-        logits = base.model(input_ids=batch.ids_BT, use_cache=False).logits.flatten(0, 1)
-        theirs = nn.functional.cross_entropy(logits[batch.positions_N].float(), batch.targets_N)
+        base.layout.set_pass(batch.tokens, batch.real, batch.cut)
+        hidden = base.hidden_states(batch).flatten(0, 1)[batch.positions_L]
+        base.layout.clear()
+        ours = label_losses(hidden, base.head, batch.targets_L, None).losses_N.mean()
+        logits = base.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        theirs = nn.functional.cross_entropy(logits[batch.positions_L].float(), batch.targets_L)
     if not torch.isclose(ours, theirs, rtol=1e-2):
         raise ModelError(
             f"{type(base.model).__name__} computes its logits in another way than by one linear layer "

@@ -1,5 +1,6 @@
 """One lane: a trial's adapter, its AdamW state and where it is in its segment."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,19 +17,29 @@ STATE_FILE = "lane_state.safetensors"
 # A lane has diverged after this many steps in a row above its first loss plus this margin (nats).
 DIVERGED_STEPS = 3
 DIVERGED_MARGIN = 0.5
+# In float16 a step whose gradient overflows is left out and the loss scale is halved; a lane has diverged
+# when so many in a row had to be left out.
+MOST_SKIPPED_STEPS = 20
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Lane:
-    """A lane that is being trained. ``step`` counts finished optimizer steps of the trial."""
+    """A lane that is being trained. ``step`` counts the optimizer steps of the trial.
+
+    ``scaler`` is there in float16 only. A parked lane has its state on the host and no adapter.
+    """
 
     job: LaneJob
     adapter: LaneAdapter | None
     optimizer: torch.optim.AdamW | None
     step: int
+    scaler: torch.amp.GradScaler | None = None
     points: list[Point] = field(default_factory=list)
     held: dict[str, Tensor] | None = None  # the state at ``job.hold_step``, for the next rung
+    parked: dict[str, Tensor] | None = None
     steps_above: int = 0
+    skipped: int = 0  # steps in a row that float16 left out
+    num_tokens: int = 0  # of the points noted
     wall_s: float = 0.0
     pack_lanes: int = 1
 
@@ -51,12 +62,16 @@ class Lane:
         )
 
     def note_point(self, point: Point) -> None:
-        """Record a step's reading and count the steps above the first loss."""
+        """Record a step's reading and count the steps above the first loss; nothing after divergence."""
+        if self.divergence:
+            return
         self.points.append(point)
-        self.step = point.step
+        self.num_tokens += point.num_tokens
+        self.step = max(self.step, point.step)
         above = point.train_loss > self.points[0].train_loss + DIVERGED_MARGIN
         self.steps_above = self.steps_above + 1 if above else 0
-        if self.step == self.job.hold_step:
+        self.skipped = 0 if _is_finite(point.grad_norm) else self.skipped + 1
+        if point.step == self.job.hold_step:
             self.held = self.state()
 
     @property
@@ -65,7 +80,8 @@ class Lane:
         if not self.points:
             return ""
         last = self.points[-1]
-        if not (abs(last.train_loss) < float("inf") and abs(last.grad_norm) < float("inf")):
+        most_skipped = MOST_SKIPPED_STEPS if self.scaler is not None else 0
+        if not _is_finite(last.train_loss) or self.skipped > most_skipped:
             return f"loss {last.train_loss} at step {last.step}, gradient norm {last.grad_norm}"
         if self.steps_above >= DIVERGED_STEPS:
             return (
@@ -74,44 +90,87 @@ class Lane:
             )
         return ""
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that are alive because of this lane, on the device and on the host."""
+        found = [*(self.held or {}).values(), *(self.parked or {}).values()]
+        if self.adapter is not None:
+            found.append(self.adapter.flat)
+            if self.adapter.flat.grad is not None:
+                found.append(self.adapter.flat.grad)
+            if self.optimizer is not None:
+                found += self.optimizer.state[self.adapter.flat].values()
+        return found
+
     def state(self) -> dict[str, Tensor]:
-        """Return copies, on the CPU, of the adapter and its optimizer state."""
+        """Return copies, on the CPU, of all that the lane needs to go on from here.
+
+        Flat tensors, in the order of the configuration's target modules: the adapter's elements, both
+        moments of AdamW and its step count; in float16 the loss scale.
+        """
+        if self.parked is not None:
+            return self.parked
         assert self.adapter is not None
         assert self.optimizer is not None
-        tensors = {"step": torch.tensor(self.step)}
-        for name, pair in self.adapter.weights.items():
-            for letter, matrix in zip("AB", pair, strict=True):
-                tensors[f"{name}.{letter}"] = matrix.detach().to("cpu", copy=True)
-                for key, value in self.optimizer.state.get(matrix, {}).items():
-                    tensors[f"{name}.{letter}.{key}"] = value.detach().to("cpu", copy=True)
-        return tensors
+        moments = self.optimizer.state[self.adapter.flat]
+        found = {"step": torch.tensor(self.step), "adapter": _to_host(self.adapter.flat)}
+        found |= {f"optimizer.{key}": _to_host(value) for key, value in moments.items()}
+        if self.scaler is not None:
+            scale = self.scaler.state_dict()
+            found["scale"] = torch.tensor(scale["scale"])
+            found["scale.growth"] = torch.tensor(scale["_growth_tracker"])
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from ``state``: same numbers as if the lane had never stopped."""
+        assert self.adapter is not None
+        assert self.optimizer is not None
+        self.step = int(state["step"])
+        self.adapter.flat.copy_(state["adapter"])
+        for key, value in self.optimizer.state[self.adapter.flat].items():
+            value.copy_(state[f"optimizer.{key}"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(
+                {
+                    **self.scaler.state_dict(),
+                    "scale": float(state["scale"]),
+                    "_growth_tracker": int(state["scale.growth"]),
+                }
+            )
+
+    def park(self) -> None:
+        """Move the state to the host and free the device of it."""
+        if self.adapter is not None and self.optimizer is not None:
+            self.parked = self.state()
+            self.adapter = self.optimizer = self.scaler = None
 
 
 def new_adamw(adapter: LaneAdapter, *, weight_decay: float) -> torch.optim.AdamW:
-    """Return a lane's AdamW; the learning rate is set before each step."""
-    return torch.optim.AdamW(adapter.parameters(), lr=0.0, weight_decay=weight_decay, foreach=True)
+    """Return a lane's AdamW, one fused kernel over all its elements, its moments already there.
+
+    The learning rate is set before each step.
+    """
+    optimizer = torch.optim.AdamW([adapter.flat], lr=0.0, weight_decay=weight_decay, fused=True)
+    optimizer.state[adapter.flat] = {
+        "step": torch.zeros((), device=adapter.flat.device),
+        "exp_avg": torch.zeros_like(adapter.flat),
+        "exp_avg_sq": torch.zeros_like(adapter.flat),
+    }
+    return optimizer
 
 
 def save_state(state: dict[str, Tensor], folder: Path) -> None:
     """Write a lane state into a folder that is being published."""
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE_FILE)
+    save_file(state, folder / STATE_FILE)
 
 
-def restore_lane(lane: Lane, folder: Path) -> None:
-    """Put the state in ``folder`` into a fresh lane: same numbers as if it had never stopped."""
-    assert lane.adapter is not None
-    assert lane.optimizer is not None
-    tensors = load_file(folder / STATE_FILE)
-    lane.step = int(tensors["step"])
-    for name, pair in lane.adapter.weights.items():
-        for letter, matrix in zip("AB", pair, strict=True):
-            key = f"{name}.{letter}"
-            with torch.no_grad():
-                matrix.copy_(tensors[key])
-            if f"{key}.step" in tensors:
-                lane.optimizer.state[matrix] = {
-                    # foreach AdamW keeps its step count on the CPU
-                    "step": tensors[f"{key}.step"],
-                    "exp_avg": tensors[f"{key}.exp_avg"].to(matrix.device),
-                    "exp_avg_sq": tensors[f"{key}.exp_avg_sq"].to(matrix.device),
-                }
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """Return the lane state saved in ``folder``, on the CPU."""
+    return load_file(folder / STATE_FILE)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")

@@ -9,6 +9,8 @@ where the bracket is what lies outside torch's allocator: kernels that CUDA load
 used, and buffers of libraries. What other processes take or give back meanwhile is in it too.
 """
 
+import gc
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import psutil
@@ -48,6 +50,10 @@ class MemoryMeter(Protocol):
         """Return what a person is shown: peak allocated bytes, or resident bytes on a CPU."""
         ...
 
+    def allocated_beside(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Return the bytes of all tensors alive on the device now, without the given ones."""
+        ...
+
 
 class HostMeter:
     """A CPU: resident memory of this process, without peaks of a pack."""
@@ -67,6 +73,20 @@ class HostMeter:
     def in_use(self) -> int:
         """Return the resident bytes of this process."""
         return int(psutil.Process().memory_info().rss)
+
+    def allocated_beside(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Return the bytes of all other storages that a Python tensor refers to, each counted once.
+
+        Tensors are only looked at: what bitsandbytes keeps beside a weight stays as it is.
+        """
+        sizes = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for value in gc.get_objects()
+            if issubclass(type(value), torch.Tensor) and value.device.type == "cpu"
+        }
+        for tensor in tensors:
+            sizes.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(sizes.values())
 
 
 class CudaMeter:
@@ -100,6 +120,15 @@ class CudaMeter:
     def in_use(self) -> int:
         """Return the peak allocated bytes since the last restart."""
         return int(torch.cuda.max_memory_allocated(self.device))
+
+    def allocated_beside(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Return what torch's allocator has given out for anything else."""
+        own = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors
+            if tensor.device.type == "cuda"
+        }
+        return int(torch.cuda.memory_allocated(self.device)) - sum(own.values())
 
 
 def open_meter(device: str) -> MemoryMeter:

@@ -1,14 +1,22 @@
 """A trial pack: lanes that share every pass through the frozen base.
 
-Shape key: K lanes, B rows per lane, T tokens, H hidden size, N label positions of all lanes.
+Shape key: K lanes, H hidden size, L label positions of all lanes.
 
 Each lane's loss is the mean over the target tokens of its own effective batch, and the lanes' losses
 are added up: since no parameter is shared, every lane gets exactly the gradient that it would get
 alone.
+
+Nothing in a step waits for the device. Losses and gradient norms stay there until they are read: every
+``read_every`` steps, and whenever a lane reaches a step at which its state is kept or its segment ends. Lanes
+that share products share their NaNs too, so from the first reading that is not finite on no
+optimizer step of the pack takes effect (AdamW's ``found_inf``). When that is read, the lanes are put back
+to that step and take it again, each with products of its own: the lane that failed is then told from its
+neighbours, and these go on as if it had never been there.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +25,18 @@ from torch import Tensor
 
 from lora_tune.engine.adapter_files import load_adapter
 from lora_tune.engine.base import BaseModel
-from lora_tune.engine.batches import Batch, collate, rows_of_step
-from lora_tune.engine.lane import Lane, new_adamw, restore_lane
+from lora_tune.engine.batches import Batch, RowArrays, as_arrays, collate, rows_of_step
+from lora_tune.engine.lane import Lane, load_state, new_adamw
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.loss import label_losses
 from lora_tune.errors import StoreError
 from lora_tune.files import is_complete
 from lora_tune.records import EvalResult, LaneJob, Point, TokenizedRow
+
+READ_EVERY_ON_GPUS = 10
+# Without a backward pass nothing is kept for it: so many more rows fit (a layer's own tensors remain).
+EVALUATION_ROWS = 2
+_KEPT_ROWS = 8192  # rows that are kept as arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +47,13 @@ class PackSettings:
     micro_batch_size: int
     max_grad_norm: float
     weight_decay: float
-    grouped: bool
+    group_rank: int  # largest sum of ranks in one low-rank product; 0: each lane has its own
 
 
 class Gradients(NamedTuple):
     """What a pack's backward pass left: mean loss and tokens per lane; gradients are in the lanes."""
 
-    losses: list[float]
+    losses_K: Tensor
     num_tokens: list[int]
 
 
@@ -48,11 +61,21 @@ class PassSize(NamedTuple):
     """Sizes of a pass through the base, all lanes together."""
 
     rows: int
-    max_length: int  # tokens a row, padding included
+    max_length: int  # tokens a row, padding included; rows in one line: their mean
     num_labels: int  # label positions
 
 
 NO_PASS = PassSize(0, 0, 0)
+
+
+class _Unread(NamedTuple):
+    """A step whose losses and gradient norms are still on the device."""
+
+    lanes: tuple[Lane, ...]
+    numbers: tuple[int, ...]  # of the step, lane by lane
+    rates: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    readings: Tensor  # (2, K)
 
 
 class TrialPack:
@@ -68,7 +91,10 @@ class TrialPack:
         self.train = train
         self.settings = settings
         self.largest_pass = NO_PASS
-        base.layout.grouped = settings.grouped
+        self.read_every = READ_EVERY_ON_GPUS if base.device.type == "cuda" else 1
+        self._unread: list[_Unread] = []
+        self._halted = torch.zeros((), device=base.device)
+        self._arrays = lru_cache(maxsize=_KEPT_ROWS)(lambda number: as_arrays(train[number]))
 
     def new_lane(self, job: LaneJob) -> Lane:
         """Return a lane at ``job.start_step``: fresh, restored from its folder, or the bare base."""
@@ -79,90 +105,194 @@ class TrialPack:
                 f"{job.start_folder}: missing or damaged (its files do not match manifest.json). "
                 "Bring the folder back, or run the study under another name."
             )
+        base = self.base
         if job.start_folder is not None and job.end_step == job.start_step:
-            adapter = load_adapter(job.config, job.start_folder, self.base.device)
+            adapter = load_adapter(job.config, job.start_folder, base.linears, base.device)
             return Lane(job=job, adapter=adapter, optimizer=None, step=job.end_step)
-        adapter = LaneAdapter.initialize(job.config, self.base.linears, self.base.device)
-        optimizer = new_adamw(adapter, weight_decay=self.settings.weight_decay)
-        lane = Lane(job=job, adapter=adapter, optimizer=optimizer, step=0)
+        lane = Lane(job=job, adapter=None, optimizer=None, step=0)
         if job.start_folder is not None:
-            restore_lane(lane, job.start_folder)
+            lane.parked = load_state(job.start_folder)
+            self.unpark(lane)
             if lane.step == job.hold_step:  # short rungs may hold where the one before did
                 lane.held = lane.state()
+        else:
+            adapter = LaneAdapter.initialize(job.config, base.linears, base.device)
+            self._equip(lane, adapter)
         return lane
 
+    def unpark(self, lane: Lane) -> None:
+        """Bring a lane whose state is on the host back to the device."""
+        if lane.parked is None:
+            return
+        assert lane.job.config is not None
+        adapter = LaneAdapter(lane.job.config, self.base.linears, self.base.device, trained=True)
+        self._equip(lane, adapter)
+        state, lane.parked = lane.parked, None
+        lane.restore(state)
+
+    def _equip(self, lane: Lane, adapter: LaneAdapter) -> None:
+        lane.adapter = adapter
+        lane.optimizer = new_adamw(adapter, weight_decay=self.settings.weight_decay)
+        if self.base.compute_dtype is torch.float16:
+            lane.scaler = torch.amp.GradScaler(self.base.device.type)
+
     def train_step(self, lanes: Sequence[Lane]) -> None:
-        """Do one optimizer step of every lane; each lane's reading goes into its points."""
+        """Do one optimizer step of every lane; each lane's reading goes into its points when read."""
+        self._step(lanes, isolated=self._isolated)
+        stops = any(lane.step in (lane.job.hold_step, lane.job.end_step) for lane in lanes)
+        if stops or len(self._unread) >= self.read_every:
+            self.read()
+
+    def read(self) -> None:
+        """Put the losses and norms of the steps since the last reading into the lanes' points."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        values = iter(torch.cat([step.readings for step in unread], 1).T.tolist())
+        for number, step in enumerate(unread):
+            readings = [next(values) for _ in step.lanes]
+            finite = bool(np.isfinite(readings).all())
+            if not finite and not self._isolated and len(step.lanes) > 1:
+                self._take_again(unread[number:])
+                return
+            _note(step, readings)
+
+    @property
+    def _isolated(self) -> bool:
+        """Whether no lane's NaN can reach another: each has products of its own.
+
+        Always so in float16, where an overflow is an ordinary event.
+        """
+        return self.settings.group_rank == 0 or self.base.compute_dtype is torch.float16
+
+    def _take_again(self, steps: Sequence[_Unread]) -> None:
+        """Put the lanes back to the first of ``steps``, none of which took effect, and repeat it."""
+        for step in reversed(steps):
+            for lane, number in zip(step.lanes, step.numbers, strict=True):
+                lane.step = number - 1
+        self._halted.zero_()
+        self._step(steps[0].lanes, isolated=True)
+        [again] = self._unread
+        self._unread = []
+        _note(again, again.readings.T.tolist())
+
+    def _step(self, lanes: Sequence[Lane], *, isolated: bool) -> None:
+        found = self._accumulate(lanes, 0 if isolated else self.settings.group_rank)
+        grads = []
         for lane in lanes:
-            assert lane.optimizer is not None
-            lane.optimizer.zero_grad(set_to_none=True)
-        found = self.accumulate(lanes)
-        for lane, loss, num_tokens in zip(lanes, found.losses, found.num_tokens, strict=True):
-            assert lane.optimizer is not None
             assert lane.adapter is not None
-            norm = torch.nn.utils.clip_grad_norm_(
-                lane.adapter.parameters(), self.settings.max_grad_norm, foreach=True
-            )
-            rate = lane.next_learning_rate
-            for group in lane.optimizer.param_groups:
-                group["lr"] = rate
-            lane.optimizer.step()
+            assert lane.optimizer is not None
+            if lane.scaler is not None:
+                lane.scaler.unscale_(lane.optimizer)
+            assert lane.adapter.flat.grad is not None
+            grads.append(lane.adapter.flat.grad)
+        norms_K = torch.stack([torch.linalg.vector_norm(grad) for grad in grads])
+        readings = torch.stack([found.losses_K, norms_K])
+        bad_K = (~torch.isfinite(readings)).any(0).float()
+        if not isolated and len(lanes) > 1:
+            self._halted.copy_(torch.maximum(self._halted, bad_K.amax()))
+        stop_K = bad_K if isolated or len(lanes) == 1 else self._halted.expand(len(lanes))
+        # as torch.nn.utils.clip_grad_norm_
+        shares_K = (self.settings.max_grad_norm / (norms_K + 1e-6)).clamp(max=1.0)
+        rates = []
+        for lane, grad, share, stop in zip(lanes, grads, shares_K, stop_K, strict=True):
+            rates.append(lane.next_learning_rate)
+            grad.mul_(share)
+            _update(lane, rates[-1], stop)
+            lane.step += 1
             lane.pack_lanes = max(lane.pack_lanes, len(lanes))
-            lane.note_point(
-                Point(
-                    step=lane.step + 1,
-                    train_loss=loss,
-                    learning_rate=rate,
-                    grad_norm=float(norm),
-                    num_tokens=num_tokens,
-                )
+        self._unread.append(
+            _Unread(
+                lanes=tuple(lanes),
+                numbers=tuple(lane.step for lane in lanes),
+                rates=tuple(rates),
+                num_tokens=tuple(found.num_tokens),
+                readings=readings,
             )
+        )
 
     def accumulate(self, lanes: Sequence[Lane]) -> Gradients:
-        """Run the effective batch of every lane forward and backward, micro-batch by micro-batch."""
-        settings = self.settings
-        micro_batches = [self._micro_batches(lane) for lane in lanes]
-        labels = [sum(row.num_labels for rows in parts for row in rows) for parts in micro_batches]
-        losses = torch.zeros(len(lanes), device=self.base.device)
+        """Run the effective batch of every lane forward and backward, micro-batch by micro-batch.
+
+        Gradients begin at zero; in float16 they are left multiplied by the lane's loss scale.
+        """
+        return self._accumulate(lanes, 0 if self._isolated else self.settings.group_rank)
+
+    def _accumulate(self, lanes: Sequence[Lane], group_rank: int) -> Gradients:
+        order = sorted(range(len(lanes)), key=lambda k: _group_key(lanes[k].adapter))
+        ordered = [lanes[k] for k in order]
+        parts = [self._micro_batches(lane) for lane in ordered]
+        labels = [sum(len(row.positions) for rows in own for row in rows) for own in parts]
+        num_tokens = [sum(len(row.ids) for rows in own for row in rows) for own in parts]
+        losses_K = torch.zeros(len(lanes), device=self.base.device)
         layout = self.base.layout
-        layout.adapters = tuple(lane.adapter for lane in lanes)
-        layout.steps = tuple(lane.step + 1 for lane in lanes)
-        layout.training = True
+        layout.adapters = tuple(lane.adapter for lane in ordered)
+        layout.steps = tuple(lane.step + 1 for lane in ordered)
+        layout.training, layout.group_rank = True, group_rank
         try:
-            for micro_step in range(settings.effective_batch_size // settings.micro_batch_size):
-                layout.micro_step = micro_step
-                batch, lane_N = self._pack_rows([parts[micro_step] for parts in micro_batches])
-                weights_N = 1.0 / torch.tensor(labels, device=self.base.device)[lane_N]
-                hidden_NH = self._label_hidden(batch)
-                found = label_losses(hidden_NH, self.base.head, batch.targets_N, weights_N)
-                found.total.backward()  # type: ignore[no-untyped-call]
-                losses.index_add_(0, lane_N, found.losses_N * weights_N)
+            for lane in ordered:
+                assert lane.adapter is not None
+                assert lane.adapter.flat.grad is not None
+                lane.adapter.flat.grad.zero_()
+            for micro_step in range(len(parts[0])):
+                batch = self._pack_rows([own[micro_step] for own in parts], micro_step)
+                losses_K += self._backward(ordered, batch, labels)
         finally:
-            layout.training = False
-        num_tokens = [
-            sum(len(row.input_ids) for rows in parts for row in rows) for parts in micro_batches
-        ]
-        return Gradients(losses.tolist(), num_tokens)
+            layout.clear()
+        back = np.argsort(order)
+        return Gradients(
+            losses_K[torch.from_numpy(back).to(losses_K.device)], [num_tokens[i] for i in back]
+        )
+
+    def _backward(self, lanes: Sequence[Lane], batch: Batch, labels: Sequence[int]) -> Tensor:
+        """Return each lane's share of its loss in this micro-batch; gradients go into the lanes."""
+        weights = np.repeat(1.0 / np.array(labels), batch.labels).astype(np.float32)
+        weights_L = torch.from_numpy(weights).to(self.base.device, non_blocking=True)
+        scaled_L = weights_L
+        if lanes[0].scaler is not None:
+            own = torch.split(weights_L, list(batch.labels))
+            scalers = [lane.scaler for lane in lanes if lane.scaler is not None]
+            scaled_L = torch.cat([s.scale(part) for s, part in zip(scalers, own, strict=True)])
+        hidden_LH = self._label_hidden(batch)
+        found = label_losses(hidden_LH, self.base.head, batch.targets_L, scaled_L)
+        found.total.backward()  # type: ignore[no-untyped-call]
+        weighted = torch.split(found.losses_N * weights_L, list(batch.labels))
+        return torch.stack([part.sum() for part in weighted])
 
     @torch.no_grad()
     def evaluate(
         self, adapters: Sequence[LaneAdapter | None], rows: Sequence[TokenizedRow], *, split: str
     ) -> list[EvalResult]:
         """Return every adapter's per-example losses on ``rows``; all adapters share each pass."""
+        order = sorted(range(len(adapters)), key=lambda k: _group_key(adapters[k]))
         layout = self.base.layout
-        layout.adapters = tuple(adapters)
+        layout.adapters = tuple(adapters[k] for k in order)
         layout.steps = (0,) * len(adapters)
+        layout.group_rank = 0 if self._isolated else self.settings.group_rank
+        by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
+        size = EVALUATION_ROWS * self.settings.micro_batch_size
+        chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
+        losses, row_labels = [], []
+        try:
+            for chunk in chunks:
+                part = [as_arrays(rows[i]) for i in chunk]
+                batch = self._pack_rows([part] * len(adapters), 0)
+                hidden_LH = self._label_hidden(batch)
+                losses.append(label_losses(hidden_LH, self.base.head, batch.targets_L, None))
+                row_labels.append(batch.row_labels)
+        finally:
+            layout.clear()
+        on_host = torch.cat([found.losses_N for found in losses]).cpu().double().numpy()
+        counts = np.concatenate(row_labels)
+        summed = np.bincount(
+            np.repeat(np.arange(len(counts)), counts), weights=on_host, minlength=len(counts)
+        )
         sums = np.zeros((len(adapters), len(rows)))
-        by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i].input_ids), i))
-        for start in range(0, len(rows), self.settings.micro_batch_size):
-            chunk = by_length[start : start + self.settings.micro_batch_size]
-            part = [rows[i] for i in chunk]
-            batch, _ = self._pack_rows([part] * len(adapters))
-            hidden_NH = self._label_hidden(batch)
-            losses_N = label_losses(hidden_NH, self.base.head, batch.targets_N, None).losses_N
-            row_sums = torch.zeros(len(part) * len(adapters), device=losses_N.device)
-            row_sums.index_add_(0, batch.rows_N, losses_N)
-            sums[:, chunk] = row_sums.reshape(len(adapters), len(part)).cpu().numpy()
+        start = 0
+        for chunk in chunks:
+            stop = start + len(adapters) * len(chunk)
+            sums[np.ix_(order, chunk)] = summed[start:stop].reshape(len(adapters), len(chunk))
+            start = stop
         dtype = str(self.base.compute_dtype).removeprefix("torch.")
         return [
             EvalResult(
@@ -174,7 +304,7 @@ class TrialPack:
             for lane_sums in sums
         ]
 
-    def _micro_batches(self, lane: Lane) -> list[list[TokenizedRow]]:
+    def _micro_batches(self, lane: Lane) -> list[list[RowArrays]]:
         """Return the lane's next effective batch, rows of similar length together."""
         config = lane.job.config
         assert config is not None
@@ -184,21 +314,54 @@ class TrialPack:
             batch_size=self.settings.effective_batch_size,
             data_seed=config.data_seed,
         )
-        rows = sorted((self.train[i] for i in numbers), key=lambda row: -len(row.input_ids))
+        rows = sorted((self._arrays(i) for i in numbers), key=lambda row: -len(row.ids))
         size = self.settings.micro_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def _pack_rows(self, lane_rows: Sequence[Sequence[TokenizedRow]]) -> tuple[Batch, Tensor]:
-        """Put the lanes' rows under each other; also return the lane of each label position."""
-        batch = collate([row for rows in lane_rows for row in rows], self.base.device)
-        size = (*batch.ids_BT.shape, len(batch.positions_N))
+    def _pack_rows(self, lane_rows: Sequence[Sequence[RowArrays]], micro_step: int) -> Batch:
+        """Put the lanes' rows under each other and tell the packed layers whose they are."""
+        batch = collate(lane_rows, self.base.device, flat=self.base.flat)
+        rows = len(batch.row_labels)
+        length = -(-batch.ids.numel() // rows)
+        size = (rows, length, len(batch.positions_L))
         self.largest_pass = PassSize(*map(max, self.largest_pass, size))
-        starts = np.cumsum([0, *(len(rows) for rows in lane_rows)])
-        self.base.layout.rows = tuple(
-            slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)
-        )
-        lane_of_row = np.repeat(np.arange(len(lane_rows)), [len(rows) for rows in lane_rows])
-        return batch, torch.from_numpy(lane_of_row).to(self.base.device)[batch.rows_N]
+        self.base.layout.set_pass(batch.tokens, batch.real, batch.cut, micro_step=micro_step)
+        return batch
 
     def _label_hidden(self, batch: Batch) -> Tensor:
-        return self.base.hidden_states(batch.ids_BT).flatten(0, 1)[batch.positions_N]
+        return self.base.hidden_states(batch).flatten(0, 1)[batch.positions_L]
+
+
+def _group_key(adapter: LaneAdapter | None) -> tuple[int, int]:
+    """Lanes of like target sets and ranks lie side by side, so that their products join."""
+    if adapter is None:
+        return 0, 0
+    return len(adapter.config.target_modules), adapter.config.rank
+
+
+def _update(lane: Lane, rate: float, stop: Tensor) -> None:
+    """Let the lane's AdamW step, on the device, unless ``stop`` is 1."""
+    optimizer = lane.optimizer
+    assert optimizer is not None
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if lane.scaler is not None:
+        lane.scaler.step(optimizer)
+        lane.scaler.update()
+        return
+    optimizer.found_inf = stop  # type: ignore[attr-defined]  # what GradScaler tells a fused optimizer
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _note(step: _Unread, readings: Sequence[Sequence[float]]) -> None:
+    for lane, number, rate, tokens, (loss, norm) in zip(
+        step.lanes, step.numbers, step.rates, step.num_tokens, readings, strict=True
+    ):
+        lane.note_point(
+            Point(
+                step=number, train_loss=loss, learning_rate=rate, grad_norm=norm, num_tokens=tokens
+            )
+        )

@@ -1,20 +1,116 @@
-"""What only a measurement can decide: the compute type on a CPU, and how many lanes pay.
+"""What only a measurement can decide: compute type on a CPU, rows a pass, and how many lanes pay.
 
-The answers are written to ``study.lock.json`` once, so that a resumed study does not decide again.
+A reading is one pass to warm up and two measured ones, each forward, backward and an optimizer step:
+as little as gives an honest number. Gradients of earlier passes (accumulation) are in
+neither its time nor its peak. All readings use the same rows, those whose length is nearest to the mean
+of the training split: tokens/s compare, and a longest row decides nothing.
+
+The decision is a function of the readings, ``choose_reading``. Both are written to ``study.lock.json``
+once, so that a resumed study does not measure again.
 """
 
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 
 from lora_tune.engine.base import DTYPES, BaseModel
 from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.engine.pack import PackSettings, TrialPack
-from lora_tune.records import LaneJob, TokenizedRow, TrialConfig
+from lora_tune.records import LaneJob, ProbeReading, TokenizedRow, TrialConfig
 
-# One more doubling of the lanes has to raise the throughput by at least this share.
+# More rows or lanes, which need more memory, have to raise the throughput by at least this share.
 WORTHWHILE_GAIN = 0.10
+# Seconds that the probe may take, as a share of those of the study.
+MOST_COST = 0.05
+# A pass of fewer tokens mostly reads weights, and says little of a compute type. SmolLM2-135M in NF4 on
+# two cores with 1, 2, 4, 8 rows of 45 tokens a pass: 34, 55, 86, 121 tokens/s in float32 and 42, 72,
+# 113, 131 in bfloat16 (best of two).
+LEAST_PASS_TOKENS = 128
+PASSES = 3  # of a reading: one to warm up, two measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeOptions:
+    """What is open, and how long the study will be."""
+
+    micro_batch_sizes: tuple[int, ...]  # to choose from
+    most_lanes: Callable[[int], int]  # how many lanes of a micro-batch may be chosen, at least 1
+    compute_dtypes: tuple[str, ...]  # to choose from; the base's own alone if that is settled
+    study_tokens: float  # that the study's trials will train
+    most_study_s: float = float("inf")  # after which the study begins no new trial
+
+
+class ProbeResult(NamedTuple):
+    """The plan that was chosen, and what it was chosen from."""
+
+    lanes: int
+    micro_batch_size: int
+    compute_dtype: str
+    readings: tuple[ProbeReading, ...]  # in order of time; empty: nothing was open
+    probe_s: float
+    cut: bool  # the next reading could have taken the probe beyond ``MOST_COST``
+
+
+def choose_reading(readings: Sequence[ProbeReading]) -> ProbeReading:
+    """Return the reading whose plan the study keeps.
+
+    Each reading, in the order of time, takes the place of the one kept so far if it has a tenth more
+    tokens/s; another compute type, which costs no memory, only has to be faster. If memory ran
+    out in all of them it is the first, which needs least.
+
+    >>> def reading(lanes, tokens_per_s):
+    ...     return ProbeReading(
+    ...         lanes=lanes,
+    ...         micro_batch_size=8,
+    ...         compute_dtype="bfloat16",
+    ...         tokens_per_s=tokens_per_s,
+    ...         peak_bytes=None,
+    ...     )
+    >>> choose_reading([reading(1, 1000.0), reading(2, 1800.0), reading(4, 1900.0)]).lanes
+    2
+    """
+    kept = readings[0]
+    for reading in readings[1:]:
+        same_rows = (reading.lanes, reading.micro_batch_size) == (kept.lanes, kept.micro_batch_size)
+        needed = kept.tokens_per_s * (1.0 if same_rows else 1.0 + WORTHWHILE_GAIN)
+        if not reading.out_of_memory and reading.tokens_per_s > needed:
+            kept = reading
+    return kept
+
+
+def rising_sizes(sizes: Sequence[int], *, mean_tokens: float) -> tuple[int, ...]:
+    """Return the micro-batches to try with one lane, rising, each at least twice the one before.
+
+    The last is the largest; none has passes below ``LEAST_PASS_TOKENS`` tokens unless the largest has.
+
+    >>> rising_sizes((1, 2, 3, 4, 6, 12), mean_tokens=64), rising_sizes((1, 2), mean_tokens=8)
+    ((3, 6, 12), (2,))
+    """
+    falling = [max(sizes)]
+    while smaller := [
+        size
+        for size in sizes
+        if 2 * size <= falling[-1] and size * mean_tokens >= LEAST_PASS_TOKENS
+    ]:
+        falling.append(max(smaller))
+    return tuple(reversed(falling))
+
+
+def average_rows(rows: Sequence[TokenizedRow], count: int) -> tuple[TokenizedRow, ...]:
+    """Return ``count`` rows whose lengths are nearest to the mean; if there are too few, some twice."""
+    mean = mean_length(rows)
+    nearest = sorted(rows, key=lambda row: abs(len(row.input_ids) - mean))[:count]
+    return tuple(nearest[i % len(nearest)] for i in range(count))
+
+
+def mean_length(rows: Sequence[TokenizedRow]) -> float:
+    """Return the mean number of tokens of a row."""
+    return fmean(len(row.input_ids) for row in rows)
 
 
 def measure_tokens_per_s(
@@ -24,78 +120,208 @@ def measure_tokens_per_s(
     config: TrialConfig,
     *,
     lanes: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return tokens/s of one optimizer step with ``lanes`` equal lanes, after one to warm up."""
+    """Return tokens/s of equal lanes over two optimizer steps, after one to warm up.
+
+    On a CPU, where other work only ever makes a step slower, it is the better of the two. On a GPU
+    they are timed together: a step does not wait for the device, and is not made to.
+    """
     pack = TrialPack(base, rows, settings)
-    job = LaneJob(
+    members = [pack.new_lane(_job(config)) for _ in range(lanes)]
+    seconds = []
+    for steps in (1, 2) if base.device.type == "cuda" else (1, 1, 1):
+        begin = clock()
+        for _ in range(steps):
+            pack.train_step(members)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize(base.device)
+        seconds.append((clock() - begin) / steps)
+    pack.read()
+    return sum(lane.points[-1].num_tokens for lane in members) / min(seconds[1:])
+
+
+class Probe:
+    """Measures plans on one base until more no longer pays, or measuring it would take too long.
+
+    Attributes:
+        readings: What was measured, in order of time.
+        cut: Whether a reading was left out because of its cost.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        rows: Sequence[TokenizedRow],
+        settings: PackSettings,
+        config: TrialConfig,
+        options: ProbeOptions,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Prepare; nothing is measured yet.
+
+        Args:
+            base: With gradient checkpointing as the study will train.
+            rows: The training split.
+            settings: Those of the study; the probe's batches are smaller.
+            config: Of every lane: the largest that the study can propose.
+            options: What is open.
+            clock: Returns seconds.
+        """
+        self.base, self.settings, self.config, self.options = base, settings, config, options
+        self.readings: list[ProbeReading] = []
+        self.cut = False
+        sizes = options.micro_batch_sizes
+        self._rows = average_rows(rows, max(sizes))
+        self._sizes = rising_sizes(sizes, mean_tokens=mean_length(self._rows))
+        self._setup_s = 0.0  # beside the passes, of a lane in the last reading
+        self._clock = clock
+        self._began = clock()
+
+    def run(self) -> ProbeResult:
+        """Measure and decide; the base is left in the chosen type, and nothing in memory.
+
+        With one lane the compute types come first, then rising micro-batches; then 2, 4, ... lanes
+        of the chosen micro-batch, or of the largest below it of which so many fit.
+        """
+        first, smallest = self._sizes[0], min(self.options.micro_batch_sizes)
+        if not self.is_needed:
+            return self._result(lanes=1, micro_batch_size=first)
+        for dtype in self.options.compute_dtypes:
+            self._try(lanes=1, micro_batch_size=first, compute_dtype=dtype)
+        if self.kept.out_of_memory:  # the executor finds out which trials can train at all
+            return self._result(lanes=1, micro_batch_size=smallest)
+        for size in self._sizes[1:]:
+            if not self._try(lanes=1, micro_batch_size=size):
+                break
+        if self.cut:  # not known, so as without a probe: the largest that fits
+            return self._result(lanes=1, micro_batch_size=self._sizes[-1])
+        chosen, lanes = self.kept.micro_batch_size, 2
+        while (size := self._size_for(lanes, at_most=chosen)) and self._try(
+            lanes=lanes, micro_batch_size=size
+        ):
+            lanes *= 2
+        return self._result(lanes=self.kept.lanes, micro_batch_size=self.kept.micro_batch_size)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is a choice."""
+        options = self.options
+        several = len(self._sizes) > 1 or len(options.compute_dtypes) > 1
+        return several or options.most_lanes(min(options.micro_batch_sizes)) > 1
+
+    @property
+    def kept(self) -> ProbeReading:
+        """The reading whose plan is the best so far."""
+        return choose_reading(self.readings)
+
+    def _result(self, *, lanes: int, micro_batch_size: int) -> ProbeResult:
+        dtype = self.kept.compute_dtype if self.readings else self.options.compute_dtypes[0]
+        self._compute_in(dtype)
+        return ProbeResult(
+            lanes=lanes,
+            micro_batch_size=micro_batch_size,
+            compute_dtype=dtype,
+            readings=tuple(self.readings),
+            probe_s=self._clock() - self._began if self.readings else 0.0,
+            cut=self.cut,
+        )
+
+    def _size_for(self, lanes: int, *, at_most: int) -> int:
+        """Return the largest micro-batch of which so many lanes fit, 0 if there is none."""
+        for size in sorted(self.options.micro_batch_sizes, reverse=True):
+            if size <= at_most and self.options.most_lanes(size) >= lanes:
+                return size
+        return 0
+
+    def _try(self, *, lanes: int, micro_batch_size: int, compute_dtype: str = "") -> bool:
+        """Take a reading, unless that would take too long; return whether its plan is the best now."""
+        dtype = compute_dtype or self.kept.compute_dtype
+        if self.readings and not self._affordable(lanes * micro_batch_size, lanes):
+            self.cut = True
+            return False
+        self._compute_in(dtype)
+        reading = ProbeReading(
+            lanes=lanes,
+            micro_batch_size=micro_batch_size,
+            compute_dtype=dtype,
+            tokens_per_s=0.0,
+            peak_bytes=None,
+            out_of_memory=True,
+        )
+        began = self._clock()
+        try:
+            tokens_per_s, peak = self._measure(lanes, micro_batch_size)
+            reading = replace(
+                reading, tokens_per_s=tokens_per_s, peak_bytes=peak, out_of_memory=False
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._free(reading)  # after the handler: the traceback holds the tensors
+        self.readings.append(reading)
+        if not reading.out_of_memory:
+            passes_s = self._passes_s(lanes * micro_batch_size, reading)
+            self._setup_s = max(0.0, self._clock() - began - passes_s) / lanes
+        return self.kept is reading
+
+    def _affordable(self, num_rows: int, lanes: int) -> bool:
+        """Say whether the probe surely keeps to its share of the study with one more reading.
+
+        The reading is taken to be as fast as the best one so far, and the study, whose seconds the share
+        is of, to be faster in proportion to the rows.
+        """
+        best = self.kept
+        if best.out_of_memory:
+            return True
+        growth = max(1.0, num_rows / (best.lanes * best.micro_batch_size))
+        study_s = self.options.study_tokens / (best.tokens_per_s * growth)
+        reading_s = self._passes_s(num_rows, best) + lanes * self._setup_s
+        spent_s = self._clock() - self._began + reading_s
+        return spent_s <= MOST_COST * min(study_s, self.options.most_study_s)
+
+    def _passes_s(self, num_rows: int, reading: ProbeReading) -> float:
+        return PASSES * num_rows * mean_length(self._rows) / reading.tokens_per_s
+
+    def _measure(self, lanes: int, micro_batch_size: int) -> tuple[float, int | None]:
+        """Return tokens/s, and the peak of allocated bytes."""
+        settings = replace(
+            self.settings, effective_batch_size=micro_batch_size, micro_batch_size=micro_batch_size
+        )
+        rows, device = self._rows[:micro_batch_size], self.base.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        tokens_per_s = measure_tokens_per_s(
+            self.base, rows, settings, self.config, lanes=lanes, clock=self._clock
+        )
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return tokens_per_s, peak
+
+    def _compute_in(self, dtype: str) -> None:
+        if self.base.compute_dtype != DTYPES[dtype]:
+            self.base.set_compute_dtype(DTYPES[dtype])
+
+    def _free(self, reading: ProbeReading) -> None:
+        self.base.layout.clear()
+        if reading.out_of_memory:  # whatever it left behind; half a second, where there is nothing
+            gc.collect()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _job(config: TrialConfig) -> LaneJob:
+    """Return a segment that the probe does not come to the end of."""
+    return LaneJob(
         trial=-1,
         rung=0,
         config=config,
         start_step=0,
-        hold_step=2,
-        end_step=2,
+        hold_step=PASSES + 1,
+        end_step=PASSES + 1,
         warmup_steps=0,
         eval_split="selection",
         eval_dtype="train",
         start_folder=None,
         result_folder=None,
     )
-    members = [pack.new_lane(job) for _ in range(lanes)]
-    pack.train_step(members)
-    _synchronize(base.device)
-    begin = time.perf_counter()
-    pack.train_step(members)
-    _synchronize(base.device)
-    elapsed = time.perf_counter() - begin
-    return sum(lane.points[-1].num_tokens for lane in members) / elapsed
-
-
-def fastest_compute_dtype(
-    base: BaseModel, rows: Sequence[TokenizedRow], settings: PackSettings, config: TrialConfig
-) -> tuple[str, dict[str, float]]:
-    """Return the compute type with the most tokens/s on this device, and all readings.
-
-    The base is left computing in that type.
-    """
-    readings = {}
-    for name, dtype in DTYPES.items():
-        base.set_compute_dtype(dtype)
-        readings[name] = measure_tokens_per_s(base, rows, settings, config, lanes=1)
-    best = max(readings, key=lambda name: readings[name])
-    base.set_compute_dtype(DTYPES[best])
-    return best, {f"1 lane, {name}": value for name, value in readings.items()}
-
-
-def worthwhile_lanes(
-    base: BaseModel,
-    rows: Sequence[TokenizedRow],
-    settings: PackSettings,
-    config: TrialConfig,
-    *,
-    most: int,
-) -> tuple[int, dict[str, float]]:
-    """Return the number of lanes after which tokens/s stops rising by a tenth, and the readings.
-
-    Tries 1, 2, 4, ... up to ``most``, which is what the memory estimate allows.
-    """
-    readings: dict[int, float] = {}
-    lanes, chosen = 1, 1
-    while lanes <= most:
-        try:
-            readings[lanes] = measure_tokens_per_s(base, rows, settings, config, lanes=lanes)
-        except Exception as error:
-            if not is_out_of_memory(error) or lanes == 1:
-                raise
-            break  # the estimate was too hopeful: what fitted before is the plan
-        if readings[lanes] < (1 + WORTHWHILE_GAIN) * readings[chosen] and lanes > 1:
-            break
-        chosen, lanes = lanes, lanes * 2
-    base.layout.adapters = ()
-    if base.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return chosen, {f"{count} lanes": value for count, value in readings.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

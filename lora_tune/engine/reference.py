@@ -7,6 +7,7 @@ matrices, and the seeds of the dropout masks.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -25,10 +26,22 @@ from lora_tune.records import LaneJob, TokenizedRow
 _ADAPTER = "default"
 
 
-class SeededDropout(nn.Module):
-    """``nn.Dropout`` whose mask is a function of (seed, step, micro-step, module)."""
+@dataclass
+class Clock:
+    """Where a trial is: what its dropout masks depend on."""
 
-    def __init__(self, probability: float, seed: int, name: str, clock: dict[str, int]) -> None:
+    step: int = 0
+    micro_step: int = 0
+    real_BT: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+
+
+class SeededDropout(nn.Module):
+    """``nn.Dropout`` whose mask is a function of (seed, step, micro-step, module).
+
+    A mask has a row for each real token; what padding gets does not matter.
+    """
+
+    def __init__(self, probability: float, seed: int, name: str, clock: "Clock") -> None:
         super().__init__()
         self.probability = probability
         self.seed = seed
@@ -39,10 +52,15 @@ class SeededDropout(nn.Module):
         """Return x with a share of its elements zeroed and the rest scaled up."""
         if not self.training:
             return x
-        seed = keyed_seed(self.seed, "dropout", self.clock["step"], self.clock["micro"], self.name)
+        clock = self.clock
+        seed = keyed_seed(self.seed, "dropout", clock.step, clock.micro_step, self.name)
         generator = torch.Generator(x.device).manual_seed(seed)
-        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        keep.bernoulli_(1 - self.probability, generator=generator)
+        drawn = torch.empty(
+            int(clock.real_BT.sum()), x.shape[-1], dtype=torch.bool, device=x.device
+        )
+        drawn.bernoulli_(1 - self.probability, generator=generator)
+        keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        keep[clock.real_BT] = drawn
         return x * keep / (1 - self.probability)
 
 
@@ -68,7 +86,7 @@ class ReferenceTrial:
         self.job, self.config, self.train = job, job.config, train
         self.effective_batch_size, self.micro_batch_size = effective_batch_size, micro_batch_size
         self.max_grad_norm = max_grad_norm
-        self.clock = {"step": 0, "micro": 0}
+        self.clock = Clock()
         dtype = DTYPES[compute_dtype]
         base = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -95,6 +113,7 @@ class ReferenceTrial:
                 layer.lora_dropout[_ADAPTER] = dropout.train()
         parameters = [matrix for pair in self.weights.values() for matrix in pair]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay)
+        self.scaler = torch.amp.GradScaler(device, enabled=compute_dtype == "float16")
 
     def accumulate(self, step: int) -> float:
         """Run the effective batch of ``step`` forward and backward; return its mean loss (nats)."""
@@ -106,20 +125,21 @@ class ReferenceTrial:
         )
         rows = sorted((self.train[i] for i in numbers), key=lambda row: -len(row.input_ids))
         total_labels = sum(row.num_labels for row in rows)
-        self.clock["step"] = step
+        self.clock.step = step
         self.optimizer.zero_grad(set_to_none=True)
         mean = 0.0
         for micro in range(self.effective_batch_size // self.micro_batch_size):
-            self.clock["micro"] = micro
+            self.clock.micro_step = micro
             part = rows[micro * self.micro_batch_size : (micro + 1) * self.micro_batch_size]
             loss = self._summed_losses(part).sum() / total_labels
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             mean += float(loss.detach())
         return mean
 
     def train_step(self, step: int) -> float:
         """Do optimizer step ``step`` (1 is the first); return the loss before it."""
         loss = self.accumulate(step)
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), self.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(
@@ -129,7 +149,8 @@ class ReferenceTrial:
                 hold_step=self.job.hold_step,
                 end_step=self.job.end_step,
             )
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return loss
 
     @torch.no_grad()
@@ -152,8 +173,9 @@ class ReferenceTrial:
             ids[b, : len(row.input_ids)] = torch.tensor(row.input_ids)
             labels[b, : len(row.labels)] = torch.tensor(row.labels)
         mask = torch.arange(longest) < torch.tensor([[len(row.input_ids)] for row in rows])
+        self.clock.real_BT = mask.to(device)
         logits = self.model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            input_ids=ids.to(device), attention_mask=self.clock.real_BT, use_cache=False
         ).logits
         per_token = nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(),

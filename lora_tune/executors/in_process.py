@@ -2,7 +2,8 @@
 
 A lane that ends frees its slot at once: the next job joins the pack at the next step, without touching
 the base. A lane whose loss diverges leaves alone. Out of memory: the lanes allowed at once are halved
-and the lanes that were running begin their segments again; a lane that does not fit alone is infeasible.
+and the lanes that were running are parked on the host and go on from where they were; a lane
+that does not fit alone is infeasible. When lanes have left, what is allocated must be what it was.
 
 Memory is read per stretch: the steps over which the pack's lanes do not change. The meter's peaks are
 forgotten when a stretch begins and read when it ends, before anything is evaluated.
@@ -19,6 +20,7 @@ from lora_tune.engine.adapter_files import save_adapter
 from lora_tune.engine.base import DTYPES
 from lora_tune.engine.lane import Lane, save_state
 from lora_tune.engine.memory_errors import is_out_of_memory
+from lora_tune.engine.memory_guard import MemoryGuard
 from lora_tune.engine.memory_reading import MemoryMeter
 from lora_tune.engine.pack import NO_PASS, TrialPack
 from lora_tune.files import publish_folder
@@ -64,7 +66,11 @@ class InProcessExecutor:
         self.base_model = base_model
         self.meter = meter
         self.on_step = on_step
-        self.num_tokens = 0
+        self.train_s = 0.0
+        self.evaluation_s = 0.0
+        self._ended_tokens = 0
+        self._guard = MemoryGuard(meter)
+        self._parked: list[Lane] = []  # they go on before any job begins
         self._waiting: list[LaneJob] = []
         self._lanes: list[Lane] = []
         self._train_dtype = pack.base.compute_dtype
@@ -75,12 +81,21 @@ class InProcessExecutor:
     @property
     def free_slots(self) -> int:
         """Slots for further jobs."""
-        return max(0, self.max_lanes - len(self._lanes) - len(self._waiting))
+        return max(0, self.max_lanes - self._num_jobs)
 
     @property
     def busy(self) -> bool:
         """Whether a job is waiting or running."""
-        return bool(self._lanes or self._waiting)
+        return self._num_jobs > 0
+
+    @property
+    def _num_jobs(self) -> int:
+        return len(self._lanes) + len(self._parked) + len(self._waiting)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens trained on so far, as far as readings of the lanes go."""
+        return self._ended_tokens + sum(lane.num_tokens for lane in self._lanes + self._parked)
 
     def submit(self, job: LaneJob) -> None:
         """Queue a job for the next free slot."""
@@ -117,6 +132,7 @@ class InProcessExecutor:
             if failed:
                 outcomes = self._shrink()
             if outcomes:
+                self._guard.check(self._lanes + self._parked)
                 return outcomes
         return []
 
@@ -128,9 +144,9 @@ class InProcessExecutor:
             begin = time.perf_counter()
             self.pack.train_step(active)
             elapsed = time.perf_counter() - begin
+            self.train_s += elapsed
             for lane in active:
                 lane.wall_s += elapsed / len(active)
-                self.num_tokens += lane.points[-1].num_tokens
             self._end_step(active)
             self.on_step()
         else:
@@ -145,33 +161,40 @@ class InProcessExecutor:
         return outcomes
 
     def _fill(self) -> None:
+        while self._parked and len(self._lanes) < self.max_lanes:
+            self.pack.unpark(self._parked[0])
+            self._lanes.append(self._parked.pop(0))
         while self._waiting and len(self._lanes) < self.max_lanes:
             self._lanes.append(self.pack.new_lane(self._waiting[0]))
             del self._waiting[0]
 
     def _evaluate(self, lanes: Sequence[Lane]) -> list[LaneOutcome]:
-        """Evaluate finished lanes, those of the same split and type together, and publish them."""
-        groups: dict[tuple[str, str], list[Lane]] = {}
+        """Evaluate finished lanes, those of the same rows and type together, and publish them."""
+        groups: dict[tuple[str, int | None, str], list[Lane]] = {}
         for lane in lanes:
-            groups.setdefault((lane.job.eval_split, lane.job.eval_dtype), []).append(lane)
+            job = lane.job
+            groups.setdefault((job.eval_split, job.eval_rows, job.eval_dtype), []).append(lane)
         outcomes = []
-        for (split, dtype), group in groups.items():
+        for (split, num_rows, dtype), group in groups.items():
             begin = time.perf_counter()
-            results = self._losses(group, split, dtype)
+            results = self._losses(group, split, num_rows, dtype)
             self._note_peak([lane.job for lane in group])
             elapsed = time.perf_counter() - begin
+            self.evaluation_s += elapsed
             for lane, result in zip(group, results, strict=True):
                 lane.wall_s += elapsed / len(group)
                 outcomes.append(self._finish(lane, result))
         return outcomes
 
-    def _losses(self, lanes: Sequence[Lane], split: str, dtype: str) -> list[EvalResult]:
+    def _losses(
+        self, lanes: Sequence[Lane], split: str, num_rows: int | None, dtype: str
+    ) -> list[EvalResult]:
         base = self.pack.base
         try:
             if dtype != "train":
                 base.set_compute_dtype(DTYPES[dtype])
             adapters = [lane.adapter for lane in lanes]
-            return self.pack.evaluate(adapters, self.splits[split], split=split)
+            return self.pack.evaluate(adapters, self.splits[split][:num_rows], split=split)
         finally:
             if dtype != "train":
                 base.set_compute_dtype(self._train_dtype)
@@ -196,6 +219,7 @@ class InProcessExecutor:
         reason: str = "",
     ) -> LaneOutcome:
         stride = -(-len(lane.points) // MAX_POINTS) or 1
+        self._ended_tokens += lane.num_tokens
         return LaneOutcome(
             trial=lane.job.trial,
             rung=lane.job.rung,
@@ -204,7 +228,7 @@ class InProcessExecutor:
             evaluation=evaluation,
             reason=reason,
             wall_s=lane.wall_s,
-            num_tokens=sum(point.num_tokens for point in lane.points),
+            num_tokens=lane.num_tokens,
             peak_bytes=self._peaks.pop(lane.job.trial, 0),
             pack_lanes=lane.pack_lanes,
         )
@@ -218,7 +242,6 @@ class InProcessExecutor:
         """Before a step: forget the peaks of other lanes, if the lanes are others."""
         members = tuple((lane.job.trial, lane.job.rung) for lane in lanes)
         if self._stretch is None or self._stretch.members != members:
-            self.pack.base.layout.adapters = ()  # it may hold those of lanes that have left
             self.pack.largest_pass = NO_PASS
             self.meter.restart()
             self._stretch = _Stretch(members)
@@ -258,30 +281,48 @@ class InProcessExecutor:
         if self._stretch is not None and self._stretch.stepping:  # not in joining or evaluation
             self._end_stretch(out_of_memory=True)
         self._stretch = None
-        jobs = [lane.job for lane in self._lanes]
-        if self._waiting and len(jobs) < self.max_lanes:  # it was a lane that did not get in
-            jobs.append(self._waiting.pop(0))
+        self._free_pass()
+        self.pack.read()
+        lanes, self._lanes = self._lanes, []
+        jobs = [lane.job for lane in lanes]
+        if self._parked and len(jobs) < self.max_lanes:  # it was a lane that did not get in
+            jobs.append(self._parked[0].job)
+        elif self._waiting and len(jobs) < self.max_lanes:
+            jobs.append(self._waiting[0])
         self._note_peak(jobs)
-        lone = self._lanes[0] if len(self._lanes) == 1 else None
-        self._lanes = []
-        self.pack.base.layout.adapters = ()
+        if len(jobs) > 1:
+            self.max_lanes = max(1, min(self.max_lanes, len(jobs) // 2))
+            self._park(lanes)
+            return []
+        step = lanes[0].step if lanes else 0
+        if not lanes:
+            (self._parked or self._waiting).pop(0)
+        del lanes
+        self._free_pass()
+        return [
+            LaneOutcome(
+                trial=jobs[0].trial,
+                rung=jobs[0].rung,
+                state=TrialState.INFEASIBLE,
+                reason=f"out of memory as the only lane, at step {step}",
+                peak_bytes=self._peaks.pop(jobs[0].trial),
+            )
+        ]
+
+    def _park(self, lanes: Sequence[Lane]) -> None:
+        """Put lanes aside in their order: on the host, or, with nothing trained, back to their jobs."""
+        for lane in lanes:
+            lane.park()
+        self._parked = [lane for lane in lanes if lane.parked is not None] + self._parked
+        self._waiting = [lane.job for lane in lanes if lane.parked is None] + self._waiting
+        self._free_pass()
+
+    def _free_pass(self) -> None:
+        """Give back what a pass that failed has left."""
+        self.pack.base.layout.clear()
         gc.collect()
         if self.pack.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(jobs) > 1:
-            self.max_lanes = max(1, min(self.max_lanes, len(jobs) // 2))
-            self._waiting = jobs + self._waiting
-            return []
-        job = jobs[0]
-        return [
-            LaneOutcome(
-                trial=job.trial,
-                rung=job.rung,
-                state=TrialState.INFEASIBLE,
-                reason=f"out of memory as the only lane, at step {lone.step if lone else 0}",
-                peak_bytes=self._peaks.pop(job.trial),
-            )
-        ]
 
 
 @dataclass

@@ -13,7 +13,13 @@ from lora_tune.report.markdown import (
     markdown_table,
     python_literal,
 )
-from lora_tune.report.summary import ConfirmationSummary, ReportSummary, spec_value, summarize
+from lora_tune.report.summary import (
+    ConfirmationSummary,
+    ReportSummary,
+    eval_rows,
+    spec_value,
+    summarize,
+)
 
 
 def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
@@ -127,10 +133,13 @@ def _search(snapshot: StudySnapshot, summary: ReportSummary) -> str:
     lock = snapshot.lock
     version = lock.versions.get("lora-tune", lock.versions.get("lora_tune", ""))
     rungs = ", ".join(map(str, lock.rungs))
+    rows = [str(eval_rows(lock, rung)) for rung in range(len(lock.rungs))]
+    if len(set(rows)) == 1:
+        rows = rows[:1]
     return (
         f"Trial {summary.leader} ({summary.leader_origin}) of study {lock.name}: "
         f"{wording.progress_text(summary)}; sampler {spec_value(lock.spec, 'search', 'sampler')}, "
-        f"compared after {rungs} steps on {fmt.plural(lock.data.num_selection, 'row')}; "
+        f"compared after {rungs} steps on {', '.join(rows)} rows; "
         f"lora-tune {version}".rstrip()
         + "."
     )

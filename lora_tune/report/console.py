@@ -9,6 +9,7 @@ from rich.text import Text
 from lora_tune.records import StudySnapshot, TrialRecord
 from lora_tune.report import formatting as fmt
 from lora_tune.report import wording
+from lora_tune.report.probe import probe_sentence
 from lora_tune.report.summary import FAILED_STATES, Outcome, ReportSummary, ranked, summarize
 from lora_tune.report.tables import ALWAYS, TRIAL_COLUMNS, Column
 from lora_tune.units import format_duration
@@ -37,6 +38,8 @@ def print_report(
     for warning in summary.warnings:
         _say(console, f"Warning: {warning}", style="yellow")
     _say(console, _cost(summary))
+    if sentence := probe_sentence(snapshot.lock.plan):
+        _say(console, f"Lanes: {sentence}")
     if summary.memory is not None:
         _say(console, f"Memory: {' '.join(wording.memory_sentences(summary))}")
     console.print()

@@ -12,6 +12,7 @@ from lora_tune.records import EvalResult, StudySnapshot, TrialRecord
 from lora_tune.report import wording
 from lora_tune.report.markdown import render_markdown
 from lora_tune.report.memory import memory_frame
+from lora_tune.report.probe import probe_sentence
 from lora_tune.report.summary import summarize
 from lora_tune.report.tables import trials_frame
 
@@ -55,6 +56,9 @@ def report_data(snapshot: StudySnapshot) -> dict[str, Any]:
       ``base_selection_loss``; intervals are in ``summary.confirmation``.
     - ``memory``: ``readings``, each a measured pack and its estimate, and ``limits``, the times
       that the lanes of a pack were lowered. Both are empty for a study on a CPU.
+    - ``probe``: ``readings`` of the plans that were measured before the first trial, in order of
+      time, the ``decision`` as a sentence (empty if nothing was measured), and whether it was
+      ``cut`` short.
 
     Losses are nats per target token, ``*_s`` seconds, ``*_bytes`` bytes.
     """
@@ -74,6 +78,12 @@ def report_data(snapshot: StudySnapshot) -> dict[str, Any]:
             "base_selection_loss": confirmation.base_selection_loss,
         },
         "memory": asdict(snapshot.memory),
+        "probe": {
+            "decision": probe_sentence(snapshot.lock.plan),
+            "readings": [asdict(reading) for reading in snapshot.lock.plan.probe_readings],
+            "probe_s": snapshot.lock.plan.probe_s,
+            "cut": snapshot.lock.plan.probe_cut,
+        },
     }
     plain: dict[str, Any] = _plain(data)
     return plain

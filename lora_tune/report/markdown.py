@@ -12,7 +12,7 @@ import jinja2
 
 from lora_tune.records import LanePlan, StudySnapshot
 from lora_tune.report import formatting as fmt
-from lora_tune.report import memory, wording
+from lora_tune.report import memory, probe, wording
 from lora_tune.report.summary import ReportSummary, measured_peak, ranked, summarize
 from lora_tune.report.tables import TRIAL_COLUMNS
 from lora_tune.units import format_bytes, format_duration
@@ -106,7 +106,11 @@ def render_markdown(snapshot: StudySnapshot) -> str:
         certainty=wording.certainty(summary),
         trials=_trials(snapshot),
         rungs=_rungs(summary),
+        uses_fewer_rows=any(r.eval_rows < r.selection_rows for r in summary.rungs),
         memory=_memory(snapshot, summary),
+        probe=_probe(snapshot),
+        probe_sentence=probe.probe_sentence(snapshot.lock.plan),
+        probe_cost=_probe_cost(snapshot),
         memory_sentences=wording.memory_sentences(summary),
         memory_spread=_memory_spread(summary),
         memory_plot=_memory_plot(summary),
@@ -182,6 +186,7 @@ def _rungs(summary: ReportSummary) -> Markdown:
     headers = (
         "rung",
         "steps",
+        "rows",
         "trials",
         "went on",
         "best",
@@ -196,6 +201,7 @@ def _rungs(summary: ReportSummary) -> Markdown:
             (
                 str(r.rung),
                 str(r.steps),
+                f"{r.eval_rows} of {r.selection_rows}",
                 str(r.num_trials),
                 fmt.NOTHING if r is summary.rungs[-1] else str(r.num_promoted),
                 fmt.NOTHING if r.best_trial is None else f"trial {r.best_trial}",
@@ -220,13 +226,29 @@ def _memory(snapshot: StudySnapshot, summary: ReportSummary) -> Markdown:
         ("lanes trained together", str(plan.lanes)),
         ("micro-batch per lane", str(plan.micro_batch_size)),
         ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
-        ("low-rank products", "grouped over lanes" if plan.grouped else "one product a lane"),
-    ]
-    rows += [
-        (f"probe: {name}", f"{fmt.format_count(speed)} tokens/s")
-        for name, speed in plan.tokens_per_s.items()
+        ("low-rank products", _products_text(plan)),
     ]
     return markdown_table(("memory and packing", "value"), rows)
+
+
+def _products_text(plan: LanePlan) -> str:
+    if plan.group_rank == 0:
+        return "one product a lane"
+    return f"one product for neighbouring lanes, up to {plan.group_rank} ranks together"
+
+
+def _probe(snapshot: StudySnapshot) -> Markdown | None:
+    plan = snapshot.lock.plan
+    if not plan.probe_readings:
+        return None
+    return markdown_table(probe.PROBE_HEADERS, probe.probe_rows(plan))
+
+
+def _probe_cost(snapshot: StudySnapshot) -> str:
+    """Say how long the probe took, beside the study if that is known."""
+    seconds, wall_s = snapshot.lock.plan.probe_s, snapshot.wall_s
+    text = f"{seconds:.1f} s"
+    return f"{text}, {fmt.format_percent(seconds / wall_s)} of the study so far" if wall_s else text
 
 
 def _budget_text(plan: LanePlan) -> str:

@@ -15,6 +15,7 @@ from lora_tune.errors import StoreError
 from lora_tune.records import (
     EvalResult,
     RungResult,
+    StudyLock,
     StudySnapshot,
     TrialConfig,
     TrialRecord,
@@ -58,6 +59,7 @@ class ConfirmationSummary:
     reduction_interval: Interval | None
     selection_loss: float | None  # what the search saw of the winner, at its highest rung
     selection_dtype: str | None
+    selection_examples: int | None  # rows that it was evaluated on there
     gap: float | None  # winner_loss - selection_loss
     base_selection_loss: float | None
 
@@ -88,6 +90,8 @@ class RungSummary:
 
     rung: int
     steps: int
+    eval_rows: int  # of the selection split, the first ones: losses compare within a rung
+    selection_rows: int  # of the split
     num_trials: int
     num_promoted: int  # of these, trials with a result at a later rung
     best_trial: int | None
@@ -105,6 +109,8 @@ class RungCorrelation:
     next_rung: int
     num_trials: int
     spearman: float
+    eval_rows: int  # rows behind the losses at ``rung``
+    next_eval_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +208,11 @@ def effective_step(config: TrialConfig) -> float:
     return config.learning_rate * config.lora_alpha / 32
 
 
+def eval_rows(lock: StudyLock, rung: int) -> int:
+    """Return how many selection rows a rung is evaluated on; all in a study of an older version."""
+    return lock.eval_rows[rung] if lock.eval_rows else lock.data.num_selection
+
+
 def spec_value(spec: object, *keys: str) -> object:
     """Return a nested value of a study file, None where a key is missing."""
     for key in keys:
@@ -289,6 +300,7 @@ def _confirmation(
         reduction_interval=_complement(relative.interval),
         selection_loss=selection.eval_loss if selection else None,
         selection_dtype=selection.evaluation.compute_dtype if selection else None,
+        selection_examples=len(selection.evaluation.label_counts) if selection else None,
         gap=winner_loss.value - selection.eval_loss if selection else None,
         base_selection_loss=confirmation.base_selection_loss,
     )
@@ -370,6 +382,8 @@ def _rungs(snapshot: StudySnapshot) -> tuple[RungSummary, ...]:
             RungSummary(
                 rung=rung,
                 steps=steps,
+                eval_rows=eval_rows(snapshot.lock, rung),
+                selection_rows=snapshot.lock.data.num_selection,
                 num_trials=len(pairs),
                 num_promoted=sum(t.rungs[-1].rung > rung for _, t in pairs),
                 best_trial=best_trial,
@@ -394,7 +408,12 @@ def _correlations(snapshot: StudySnapshot) -> tuple[RungCorrelation, ...]:
         if value is not None:
             found.append(
                 RungCorrelation(
-                    rung=rung, next_rung=rung + 1, num_trials=len(pairs), spearman=value
+                    rung=rung,
+                    next_rung=rung + 1,
+                    num_trials=len(pairs),
+                    spearman=value,
+                    eval_rows=eval_rows(snapshot.lock, rung),
+                    next_eval_rows=eval_rows(snapshot.lock, rung + 1),
                 )
             )
     return tuple(found)

@@ -85,6 +85,7 @@ def trial_row(trial: TrialRecord, *, num_rungs: int) -> dict[str, object]:
         "rung": last.rung if last else None,
         "steps": last.steps if last else None,
         "eval_loss": last.eval_loss if last else None,
+        "eval_rows": len(last.evaluation.label_counts) if last else None,
         **{f"eval_loss_rung_{rung}": losses.get(rung) for rung in range(num_rungs)},
         "predicted_bytes": trial.predicted_bytes,
         "peak_bytes": measured_peak(trial) or None,
@@ -121,5 +122,5 @@ def trials_frame(snapshot: StudySnapshot) -> "pd.DataFrame":
     frame = pd.DataFrame([trial_row(t, num_rungs=num_rungs) for t in snapshot.trials])
     if frame.empty:
         return pd.DataFrame(columns=["trial", "state"])
-    whole = ["rung", "steps", "peak_bytes", "pack_lanes"]
+    whole = ["rung", "steps", "eval_rows", "peak_bytes", "pack_lanes"]
     return frame.astype(dict.fromkeys(whole, "Int64"))

@@ -10,6 +10,7 @@ from lora_tune.report.summary import (
     Outcome,
     PairedComparison,
     ReportSummary,
+    RungCorrelation,
     spec_value,
 )
 
@@ -130,10 +131,17 @@ def certainty(summary: ReportSummary) -> list[str]:
     )
     items += [
         f"The order of trials at rung {c.rung} against rung {c.next_rung}: rank correlation "
-        f"{c.spearman:.2f} over the {c.num_trials} trials that reached both."
+        f"{c.spearman:.2f} over the {c.num_trials} trials that reached both{_other_rows(c)}."
         for c in summary.correlations
     ]
     return items
+
+
+def _other_rows(c: RungCorrelation) -> str:
+    """Say that the losses of two rungs are over other rows, where they are."""
+    if c.eval_rows == c.next_eval_rows:
+        return ""
+    return f", on {c.eval_rows} and {c.next_eval_rows} selection rows"
 
 
 def _confirmation_items(c: ConfirmationSummary) -> list[str]:
@@ -159,7 +167,8 @@ def _confirmation_items(c: ConfirmationSummary) -> list[str]:
             change = fmt.format_difference(c.base_loss - c.base_selection_loss)
             base_gap = f" (for the untuned base, between the same rows, it is {change})"
         items.append(
-            f"The search saw {fmt.format_loss(c.selection_loss)} on its selection rows{dtype}; "
+            f"The search saw {fmt.format_loss(c.selection_loss)} on {c.selection_examples} selection "
+            f"rows{dtype}; "
             f"the step from there to the confirmed loss is {fmt.format_difference(c.gap)}"
             f"{base_gap}. Quote the confirmed loss."
         )

@@ -42,7 +42,7 @@ class Gate:
         compute_dtype: str,
         max_tokens: int,
         budget_bytes: int,
-        grouped: bool,
+        group_rank: int,
         compute_capability: str | None = None,
         estimate: Estimate | None = None,
     ) -> None:
@@ -51,10 +51,10 @@ class Gate:
         Args:
             spec: The study.
             shape: Sizes of the base.
-            compute_dtype: ``float32`` or ``bfloat16``.
+            compute_dtype: ``float32``, ``bfloat16`` or ``float16``.
             max_tokens: Longest row after truncation: the batch that decides.
             budget_bytes: What a pack may use.
-            grouped: Whether lanes run as grouped products.
+            group_rank: Largest sum of ranks in one low-rank product.
             compute_capability: Of the GPU, which decides its libraries' workspaces; None on a CPU.
             estimate: What answers for a request; the closed form of ``shape`` unless given.
         """
@@ -71,7 +71,7 @@ class Gate:
             max_length=max_tokens,
             gradient_checkpointing=True,
             gradient_accumulation=True,
-            grouped=grouped,
+            group_rank=group_rank,
             compute_capability=compute_capability,
         )
 
@@ -126,11 +126,34 @@ class Gate:
                         most_lanes=lanes,
                     )
                     if self._peak(plan, largest, lanes) <= self.budget_bytes:
-                        return self._with_most_lanes(plan, largest)
+                        most = self.most_lanes(plan, target_sets) if run.lanes == "auto" else lanes
+                        return replace(plan, most_lanes=most)
         raise InfeasibleError(
             f"train.micro_batch_size {train.micro_batch_size} does not fit the budget even with one lane. "
             "Lower it, or leave it at auto."
         )
+
+    def most_lanes(self, plan: PackPlan, target_sets: Sequence[TargetSet]) -> int:
+        """Return how many lanes of the largest configuration fit with the plan's micro-batch.
+
+        A power of two up to ``MOST_LANES``, 0 if not even one fits; ``plan.most_lanes`` is not looked at.
+        """
+        largest = self._largest_lane(target_sets)
+        lanes = 0
+        while lanes < MOST_LANES and self._peak(plan, largest, lanes * 2 or 1) <= self.budget_bytes:
+            lanes = lanes * 2 or 1
+        return lanes
+
+    def open_sizes(self, plan: PackPlan) -> tuple[int, ...]:
+        """Return the micro-batches that a measurement may choose from: the plan's and smaller ones.
+
+        One that the study file gives is the only one; so is the plan's when lanes are given as a number,
+        since it was lowered until so many fit.
+        """
+        if self.spec.run.lanes != "auto":
+            return (plan.micro_batch_size,)
+        sizes = _micro_batch_sizes(self.spec.train)
+        return tuple(size for size in sizes if size <= plan.micro_batch_size)
 
     def predict(self, config: TrialConfig, plan: PackPlan, *, lanes: int) -> tuple[int, int]:
         """Return the predicted peak of a pack of ``lanes`` such lanes, and one lane's parameters."""
@@ -172,14 +195,6 @@ class Gate:
             if self._peak(plan, largest, lanes) <= budget_bytes:
                 return lanes
         return 1
-
-    def _with_most_lanes(self, plan: PackPlan, largest: LaneShape) -> PackPlan:
-        if self.spec.run.lanes != "auto":
-            return plan
-        lanes = 1
-        while lanes < MOST_LANES and self._peak(plan, largest, lanes * 2) <= self.budget_bytes:
-            lanes *= 2
-        return replace(plan, most_lanes=lanes)
 
     def _peak(self, plan: PackPlan, lane: LaneShape, lanes: int) -> int:
         return self._memory(self._pack_request(plan, (lane,) * lanes)).peak_allocated_bytes

@@ -7,7 +7,7 @@ numbers, so that a proposal never depends on which lane was faster.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class LadderPlan:
     cooldown_ratio: float
     window: int  # trials proposed at once
     budget_bytes: int
+    eval_rows: tuple[int, ...] = ()  # selection rows used at each rung; empty: all of them
 
 
 def rung_steps(shares: Iterable[float], *, total_steps: int, min_steps: int) -> tuple[int, ...]:
@@ -54,6 +55,32 @@ def rung_steps(shares: Iterable[float], *, total_steps: int, min_steps: int) -> 
     """
     steps = {min(total_steps, max(min_steps, round(share * total_steps))) for share in shares}
     return tuple(sorted(steps | {total_steps}))
+
+
+def start_steps(rungs: Sequence[int], *, cooldown_ratio: float) -> tuple[int, ...]:
+    """Return the step at which a trial enters each rung: where the state of the last one was kept.
+
+    >>> start_steps((100, 400, 800), cooldown_ratio=0.2)
+    (0, 80, 320)
+    """
+    return (0, *(_hold_step(end, cooldown_ratio) for end in rungs[:-1]))
+
+
+def planned_steps(rungs: Sequence[int], *, cooldown_ratio: float, num_trials: int) -> int:
+    """Return the optimizer steps of all trials and rungs, when none ends early.
+
+    >>> planned_steps((100, 400, 800), cooldown_ratio=0.2, num_trials=8)  # then 2 trials, then 1
+    1920
+    """
+    total, trials = 0, num_trials
+    for start, end in zip(start_steps(rungs, cooldown_ratio=cooldown_ratio), rungs, strict=True):
+        total += trials * (end - start)
+        trials = max(1, math.ceil(trials / PROMOTED_SHARE))
+    return total
+
+
+def _hold_step(end: int, cooldown_ratio: float) -> int:
+    return max(1, end - round(cooldown_ratio * end))
 
 
 class Ladder:
@@ -178,11 +205,11 @@ class Ladder:
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of all trials and rungs that the plan foresees."""
-        total, trials = 0, self.plan.num_trials
-        for rung in range(len(self.plan.rungs)):
-            total += trials * self._segment_steps(rung)
-            trials = max(1, math.ceil(trials / PROMOTED_SHARE))
-        return total
+        return planned_steps(
+            self.plan.rungs,
+            cooldown_ratio=self.plan.cooldown_ratio,
+            num_trials=self.plan.num_trials,
+        )
 
     def finished_steps(self) -> int:
         """Return the optimizer steps of all finished segments; one that ended early counts whole."""
@@ -194,7 +221,7 @@ class Ladder:
 
     def start_step(self, rung: int) -> int:
         """Return the step at which a trial enters a rung: where the state of the last one was kept."""
-        return self._hold_step(rung - 1) if rung else 0
+        return start_steps(self.plan.rungs, cooldown_ratio=self.plan.cooldown_ratio)[rung]
 
     def _segment_steps(self, rung: int) -> int:
         return self.plan.rungs[rung] - self.start_step(rung)
@@ -276,18 +303,15 @@ class Ladder:
             rung=rung,
             config=record.config,
             start_step=self.start_step(rung),
-            hold_step=self._hold_step(rung),
+            hold_step=_hold_step(self.plan.rungs[rung], self.plan.cooldown_ratio),
             end_step=self.plan.rungs[rung],
             warmup_steps=self.plan.warmup_steps,
             eval_split="selection",
             eval_dtype="train",
             start_folder=folder / f"rung-{rung - 1}" if rung else None,
             result_folder=folder / f"rung-{rung}",
+            eval_rows=self.plan.eval_rows[rung] if self.plan.eval_rows else None,
         )
-
-    def _hold_step(self, rung: int) -> int:
-        end = self.plan.rungs[rung]
-        return max(1, end - round(self.plan.cooldown_ratio * end))
 
     def _store(self, record: TrialRecord) -> None:
         self._save(record)

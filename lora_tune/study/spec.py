@@ -40,8 +40,9 @@ class ModelSection(Section):
     """Hub revision (branch, tag or commit); only for a hub id."""
     quantization: Literal["nf4", "none"] = "nf4"
     """``nf4``: 4-bit NormalFloat with double quantization; ``none``: the compute type."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto``: bfloat16 on CUDA; on a CPU the faster of float32 and bfloat16, by a probe."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: on CUDA bfloat16, float16 where the GPU has none; on a CPU the faster of float32 and
+    bfloat16, by a probe. In float16 every lane has a loss scale of its own."""
 
 
 class DataSection(Section):
@@ -79,7 +80,7 @@ class TrainSection(Section):
     effective_batch_size: Annotated[int, Field(strict=True, ge=1)] = 16
     """Rows per optimizer step; the same for every trial, so that losses compare."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
-    """Rows per forward pass and lane; ``auto``: the largest divisor of the batch that fits."""
+    """Rows per forward pass and lane; ``auto``: measured, up to the largest divisor that fits."""
     warmup_ratio: Fraction = 0.03
     """Share of a full run's steps with rising learning rate, at most 100 steps."""
     cooldown_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.2

@@ -90,7 +90,7 @@ def test_the_grid_has_every_kind_of_run() -> None:
     assert {lane.lora_dropout for r in requests for lane in r.lanes} == {0.0, 0.05}
     assert {len(r.lanes[0].targets) for r in requests} == {2, 3, 4, 7}
     assert {r.max_length for r in requests} >= {256, 512, 1024, 2048}
-    for flag in ("padded", "autocast", "gradient_accumulation", "grouped"):
+    for flag in ("padded", "autocast", "gradient_accumulation"):
         assert {getattr(r, flag) for r in requests} == {True, False}, flag
 
 

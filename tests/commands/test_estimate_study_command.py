@@ -56,7 +56,7 @@ def lone_peak(row: FrontierRow, rank: int) -> int:
         max_length=2048,
         gradient_checkpointing=True,
         gradient_accumulation=True,
-        grouped=True,
+        group_rank=128,
         compute_capability="8.9",
     )
     shape = ModelShape.from_config(found.model.config)

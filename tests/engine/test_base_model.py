@@ -6,7 +6,7 @@ from lora_tune.engine.base import DTYPES, load_base_model
 from lora_tune.engine.pack import PackSettings, TrialPack
 
 SETTINGS = PackSettings(
-    effective_batch_size=4, micro_batch_size=4, max_grad_norm=1.0, weight_decay=0.0, grouped=False
+    effective_batch_size=4, micro_batch_size=4, max_grad_norm=1.0, weight_decay=0.0, group_rank=64
 )
 
 

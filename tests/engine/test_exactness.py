@@ -30,8 +30,10 @@ LANES = [  # rank, alpha, dropout, modules, learning rate
     (2, 16.0, 0.1, MLP, 1e-3),
     (8, 8.0, 0.0, ALL, 5e-4),
 ]
+# each lane a product of its own; two groups, of which one joins ranks 2 and 16; one of all lanes
+GROUP_RANKS = (0, 20, 64)
 SETTINGS = PackSettings(
-    effective_batch_size=4, micro_batch_size=2, max_grad_norm=1.0, weight_decay=0.01, grouped=False
+    effective_batch_size=4, micro_batch_size=2, max_grad_norm=1.0, weight_decay=0.01, group_rank=0
 )
 
 
@@ -111,7 +113,9 @@ def packed_gradients(
 ) -> list[tuple[float, dict[str, torch.Tensor]]]:
     started = start_lanes(pack, lanes)
     found = pack.accumulate(started)
-    return [(loss, gradients(lane)) for loss, lane in zip(found.losses, started, strict=True)]
+    return [
+        (loss, gradients(lane)) for loss, lane in zip(found.losses_K.tolist(), started, strict=True)
+    ]
 
 
 def reference(
@@ -146,16 +150,16 @@ def reference_gradients(
 
 
 def differences_from_reference(
-    folder: Path, rows: tuple[TokenizedRow, ...], quantization: str, *, grouped: bool
+    folder: Path, rows: tuple[TokenizedRow, ...], quantization: str, *, group_rank: int
 ) -> tuple[float, float]:
     """Return the worst relative difference of loss and gradient over all lanes of a pack."""
     base = load(folder, quantization, "float32")
-    pack = TrialPack(base, rows, dataclasses.replace(SETTINGS, grouped=grouped))
+    pack = TrialPack(base, rows, dataclasses.replace(SETTINGS, group_rank=group_rank))
     lanes = start_lanes(pack, [0, 1, 2, 3])
     starts = start_lanes(pack, [0, 1, 2, 3])
     found = pack.accumulate(lanes)
     worst_loss = worst_gradient = 0.0
-    for lane, start, loss in zip(lanes, starts, found.losses, strict=True):
+    for lane, start, loss in zip(lanes, starts, found.losses_K.tolist(), strict=True):
         wanted_loss, wanted = reference_gradients(folder, rows, start, quantization, "float32")
         worst_loss = max(worst_loss, abs(loss - wanted_loss) / wanted_loss)
         worst_gradient = max(worst_gradient, relative(gradients(lane), wanted))
@@ -167,21 +171,23 @@ def rows(make_rows) -> tuple[TokenizedRow, ...]:
     return make_rows(20)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("group_rank", GROUP_RANKS)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_every_lane_of_a_pack_has_the_gradients_of_plain_peft(
-    tiny_llama, rows, quantization, grouped
+    tiny_llama, rows, quantization, group_rank
 ):
-    loss, gradient = differences_from_reference(tiny_llama, rows, quantization, grouped=grouped)
+    loss, gradient = differences_from_reference(
+        tiny_llama, rows, quantization, group_rank=group_rank
+    )
     assert loss < LOSS_RTOL
     assert gradient < GRADIENT_RTOL
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("group_rank", GROUP_RANKS)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_packed_lane_equals_the_same_trial_alone(tiny_llama, rows, quantization, grouped):
+def test_a_packed_lane_equals_the_same_trial_alone(tiny_llama, rows, quantization, group_rank):
     base = load(tiny_llama, quantization, "float32")
-    pack = TrialPack(base, rows, dataclasses.replace(SETTINGS, grouped=grouped))
+    pack = TrialPack(base, rows, dataclasses.replace(SETTINGS, group_rank=group_rank))
     packed = packed_gradients(pack, [0, 1, 2, 3])
     for lane in range(4):
         [(loss, alone)] = packed_gradients(pack, [lane])
@@ -196,16 +202,16 @@ def losses_of_batches(pack: TrialPack, lanes: list[int]) -> torch.Tensor:
     for batch in range(10):
         for lane in started:
             lane.step = batch
-        losses.append(pack.accumulate(started).losses)
+        losses.append(pack.accumulate(started).losses_K.tolist())
     return torch.tensor(losses, dtype=torch.float64).T
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("group_rank", GROUP_RANKS)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_in_bfloat16_packing_adds_no_error_beyond_that_of_the_type(
-    tiny_llama, rows, quantization, grouped
+    tiny_llama, rows, quantization, group_rank
 ):
-    settings = dataclasses.replace(SETTINGS, grouped=grouped)
+    settings = dataclasses.replace(SETTINGS, group_rank=group_rank)
     exact = TrialPack(load(tiny_llama, quantization, "float32"), rows, settings)
     rounded = TrialPack(load(tiny_llama, quantization, "bfloat16"), rows, settings)
     lanes = [0, 1, 2, 3]
@@ -273,7 +279,9 @@ def test_a_lane_of_smaller_steps_leaves_its_neighbours_alone(tiny_llama, rows):
     pack.train_step([late])  # the lanes are now at different steps of the data
     found = pack.accumulate([early, late])
     [alone] = start_lanes(pack, [0])
-    assert found.losses[0] == pytest.approx(pack.accumulate([alone]).losses[0], rel=LOSS_RTOL)
+    assert found.losses_K[0].item() == pytest.approx(
+        pack.accumulate([alone]).losses_K[0].item(), rel=LOSS_RTOL
+    )
 
 
 def test_a_group_scales_a_lane_as_the_lane_alone_does_in_bfloat16(tiny_llama, rows):
@@ -281,44 +289,71 @@ def test_a_group_scales_a_lane_as_the_lane_alone_does_in_bfloat16(tiny_llama, ro
     base = load(tiny_llama, "none", "bfloat16")
     pack = TrialPack(base, rows, SETTINGS)
     adapters = tuple(lane.adapter for lane in start_lanes(pack, [0, 0]))
-    layout = base.layout
-    layout.adapters, layout.rows, layout.steps = adapters, (slice(0, 4), slice(4, 8)), (1, 1)
     layer = base.model.get_submodule("model.layers.0.mlp.up_proj")
-    x_BTI = torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    layout.training = True
-    try:
-        grouped = layer._grouped_deltas(x_BTI, [0, 1])[0].detach().double()
-        alone = layer._delta(x_BTI[:4], 0).detach().double()
-    finally:
-        layout.training = False
+    x_NI = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens = [slice(0, 128), slice(128, 256)]
+    shares = []
+    for group_rank in (0, 64):
+        layout = base.layout
+        layout.adapters, layout.steps = adapters, (1, 1)
+        layout.training, layout.group_rank = True, group_rank
+        layout.set_pass(tokens, (None, None), None)
+        layer.base_layer.weight.data.zero_()  # what is left is the lanes' share
+        shares.append(layer(x_NI).detach().double()[:128])
+        layout.clear()
+    alone, grouped = shares
     assert float((grouped * alone).sum() / alone.square().sum()) == pytest.approx(1.0, abs=4e-4)
 
 
 # Planted faults: the comparison with plain PEFT has to notice each of them.
 
 
-def test_a_dropout_mask_ignored_in_backward_is_noticed(tiny_llama, rows, monkeypatch):
-    def forgetful(ctx, *grads):
-        x, a, b, low, _ = ctx.saved_tensors
-        grad_low = (grads[0] @ b) * ctx.scaling
-        return grad_low @ a, grad_low.mT @ x, grads[0].mT @ low, None, None
+@pytest.mark.parametrize("group_rank", [0, 64])
+def test_a_dropout_mask_ignored_in_backward_is_noticed(tiny_llama, rows, monkeypatch, group_rank):
+    honest = lora._LowRankUpdate.backward
 
-    monkeypatch.setattr(lora._LowRankProduct, "backward", staticmethod(forgetful))
-    _, gradient = differences_from_reference(tiny_llama, rows, "none", grouped=False)
+    def forgetful(ctx, *grads):
+        class Forgetful:
+            needs_input_grad, groups, pairs = ctx.needs_input_grad, ctx.groups, ctx.pairs
+            # of a group: mask, A, B, rank-R product
+            saved_tensors = tuple(
+                None if number % 4 == 1 else tensor
+                for number, tensor in enumerate(ctx.saved_tensors)
+            )
+
+        return honest(Forgetful, *grads)
+
+    monkeypatch.setattr(lora._LowRankUpdate, "backward", staticmethod(forgetful))
+    _, gradient = differences_from_reference(tiny_llama, rows, "none", group_rank=group_rank)
     assert gradient > 10 * GRADIENT_RTOL
 
 
-def test_the_neighbours_alpha_is_noticed(tiny_llama, rows, monkeypatch):
-    honest = lora.PackedLinear._delta
+@pytest.mark.parametrize("group_rank", [0, 64])
+def test_the_neighbours_alpha_is_noticed(tiny_llama, rows, monkeypatch, group_rank):
+    honest = lora.PackLayout._config
 
-    def neighbour(self, x_BTI, lane):
-        other = self.layout.adapters[(lane + 1) % len(self.layout.adapters)]
-        own = self.layout.adapters[lane]
-        wrong = honest(self, x_BTI, lane)
-        return wrong * (other.config.lora_alpha / own.config.lora_alpha)
+    def neighbour(self, lane):
+        own = honest(self, lane)
+        other = honest(self, (lane + 1) % len(self.adapters))
+        return dataclasses.replace(own, lora_alpha=own.rank * other.scaling)
 
-    monkeypatch.setattr(lora.PackedLinear, "_delta", neighbour)
-    loss, gradient = differences_from_reference(tiny_llama, rows, "none", grouped=False)
+    monkeypatch.setattr(lora.PackLayout, "_config", neighbour)
+    loss, gradient = differences_from_reference(tiny_llama, rows, "none", group_rank=group_rank)
+    assert loss > 10 * LOSS_RTOL
+    assert gradient > 10 * GRADIENT_RTOL
+
+
+def test_a_group_that_lets_a_neighbour_in_is_noticed(tiny_llama, rows, monkeypatch):
+    honest = lora.PackLayout._group
+
+    def leaky(self, lanes, device):
+        group = honest(self, lanes, device)
+        if len(lanes) == 1:
+            return group
+        return group._replace(scaling=group.scaling.clamp(min=1e-2))
+
+    monkeypatch.setattr(lora.PackLayout, "_group", leaky)
+    loss, gradient = differences_from_reference(tiny_llama, rows, "none", group_rank=64)
     assert loss > 10 * LOSS_RTOL
     assert gradient > 10 * GRADIENT_RTOL
 
@@ -328,11 +363,11 @@ def test_labels_shifted_by_one_are_noticed(tiny_llama, rows, monkeypatch):
 
     honest = pack_module.collate
 
-    def shifted(batch_rows, device):
-        batch = honest(batch_rows, device)
-        return batch._replace(positions_N=batch.positions_N + 1)
+    def shifted(lane_rows, device, *, flat):
+        batch = honest(lane_rows, device, flat=flat)
+        return batch._replace(positions_L=(batch.positions_L + 1) % batch.ids.numel())
 
     monkeypatch.setattr(pack_module, "collate", shifted)
-    loss, gradient = differences_from_reference(tiny_llama, rows, "none", grouped=False)
+    loss, gradient = differences_from_reference(tiny_llama, rows, "none", group_rank=0)
     assert loss > 10 * LOSS_RTOL
     assert gradient > 10 * GRADIENT_RTOL

@@ -3,6 +3,7 @@
 The witness of most tests is the same job alone in an executor of one lane; of the published files, PEFT.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_tune.engine.lane import STATE_FILE, Lane
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.memory_reading import HostMeter
 from lora_tune.engine.pack import PackSettings, TrialPack
+from lora_tune.errors import MachineError
 from lora_tune.executors.in_process import MAX_POINTS, InProcessExecutor, is_out_of_memory
 from lora_tune.files import is_complete
 from lora_tune.records import (
@@ -35,7 +37,7 @@ from lora_tune.records import (
 
 RTOL = 1e-5  # rounding of float32 sums in another order, over a few optimizer steps
 SETTINGS = PackSettings(
-    effective_batch_size=4, micro_batch_size=2, max_grad_norm=1.0, weight_decay=0.0, grouped=False
+    effective_batch_size=4, micro_batch_size=2, max_grad_norm=1.0, weight_decay=0.0, group_rank=64
 )
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 RANKS = (4, 16, 2, 8)
@@ -197,6 +199,21 @@ def test_slots_and_readings_follow_the_lanes(executor_of) -> None:
     assert executor.num_tokens > first.num_tokens
 
 
+def test_lanes_that_end_together_are_each_evaluated_on_their_own_number_of_rows(
+    executor_of, alone
+) -> None:
+    jobs = [make_job(0, eval_rows=4), make_job(1, eval_rows=4), make_job(2, eval_rows=7)]
+    jobs.append(make_job(3))
+    outcomes = finish(executor_of(lanes=4), jobs)
+    for job, rows in zip(jobs, (4, 4, 7, 9), strict=True):
+        found = outcomes[job.trial].evaluation
+        whole = alone(replace(job, eval_rows=None)).evaluation
+        assert found is not None
+        assert whole is not None
+        assert found.label_counts == whole.label_counts[:rows]
+        np.testing.assert_allclose(found.loss_sums, whole.loss_sums[:rows], rtol=RTOL)
+
+
 # Diverging lanes.
 
 
@@ -208,7 +225,7 @@ class PoisonedPack(TrialPack):
         if job.trial == 0:
             assert lane.adapter is not None
             with torch.no_grad():
-                lane.adapter.parameters()[1][0, 0] = torch.nan
+                lane.adapter.flat[-1] = torch.nan
         return lane
 
 
@@ -287,7 +304,7 @@ def test_a_lane_whose_evaluation_is_not_finite_has_diverged(executor_of, tmp_pat
             for lane in lanes:
                 if lane.finished:
                     with torch.no_grad():
-                        lane.adapter.parameters()[1].fill_(torch.nan)
+                        lane.adapter.flat.fill_(torch.nan)
 
     job = make_job(0, result_folder=tmp_path / "rung-0")
     [outcome] = finish(executor_of(pack=SpoiledAtTheEnd), [job]).values()
@@ -343,15 +360,16 @@ def small_memory(most: int, where: str) -> type[TrialPack]:
     """Return a pack that runs out of memory, half-way, with more than ``most`` lanes at once."""
 
     class SmallMemory(TrialPack):
-        alive: list[Lane] = []  # noqa: RUF012
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.alive: weakref.WeakSet[Lane] = weakref.WeakSet()
 
         def new_lane(self, job: LaneJob) -> Lane:
             lane = super().new_lane(job)
-            self.alive = [other for other in self.alive if not other.finished]
-            if where == "joining" and len(self.alive) >= most:
-                self.alive = []
+            training = [other for other in self.alive if other.adapter and not other.finished]
+            if where == "joining" and len(training) >= most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            self.alive.append(lane)
+            self.alive.add(lane)
             return lane
 
         def train_step(self, lanes: Sequence[Lane]) -> None:
@@ -384,7 +402,8 @@ def test_a_pack_too_large_for_the_memory_is_halved_and_all_lanes_finish(
     assert executor.max_lanes == lanes
     for job in jobs:
         assert_equal_losses(outcomes[job.trial], alone(job))
-        assert outcomes[job.trial].pack_lanes <= most or where == "evaluation"
+        # lanes go on from where they were, so steps before memory ran out were shared by all four
+        assert outcomes[job.trial].pack_lanes == (lanes if where == "joining" else 4)
 
 
 def test_a_neighbour_that_cannot_join_does_not_cost_a_lone_lane_its_trial(
@@ -421,17 +440,74 @@ def test_one_lane_too_large_does_not_stop_the_others(executor_of, alone) -> None
         assert_equal_losses(outcomes[job.trial], alone(job))
 
 
-def test_lanes_are_freed_before_they_are_tried_again(executor_of, base: BaseModel) -> None:
-    held_at_join: list[int] = []
+@pytest.mark.parametrize("read_every", [1, 5])
+def test_lanes_go_on_from_the_step_at_which_memory_ran_out(executor_of, alone, read_every) -> None:
+    steps: list[tuple[int, int]] = []
+
+    class SmallStep3(TrialPack):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.read_every = read_every
+
+        def _backward(self, lanes: Sequence[Lane], *args: Any) -> torch.Tensor:
+            if len(lanes) > 1 and lanes[0].step == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super()._backward(lanes, *args)
+
+        def _step(self, lanes: Sequence[Lane], **named: Any) -> None:
+            super()._step(lanes, **named)
+            steps.extend((lane.job.trial, lane.step) for lane in lanes)
+
+    jobs = [make_job(number, steps=4) for number in range(4)]
+    outcomes = finish(executor_of(lanes=4, pack=SmallStep3), jobs)
+    assert sorted(steps) == [(trial, step) for trial in range(4) for step in (1, 2, 3, 4)]
+    for job in jobs:
+        assert_equal_losses(outcomes[job.trial], alone(job))
+        assert [point.step for point in outcomes[job.trial].points] == [1, 2, 3, 4]
+
+
+def test_parked_lanes_leave_the_device(executor_of, base: BaseModel) -> None:
+    adapters: list[weakref.ref[LaneAdapter]] = []
+    alive_at_unpark: list[int] = []
 
     class Watched(small_memory(1, "training")):  # type: ignore[misc]
         def new_lane(self, job: LaneJob) -> Lane:
-            held_at_join.append(sum(adapter is not None for adapter in base.layout.adapters))
-            return super().new_lane(job)
+            lane = super().new_lane(job)
+            adapters.append(weakref.ref(lane.adapter))
+            return lane
 
-    base.layout.adapters = ()
+        def unpark(self, lane: Lane) -> None:
+            alive_at_unpark.append(sum(adapter() is not None for adapter in adapters))
+            super().unpark(lane)
+
     finish(executor_of(lanes=2, pack=Watched), [make_job(0, steps=3), make_job(1, steps=3)])
-    assert held_at_join[:3] == [0, 0, 0]  # two that join, and the first of them again
+    assert alive_at_unpark == [0, 0]
+
+
+def test_fifty_trials_leave_nothing_behind(executor_of) -> None:
+    """The guard inside the executor compares tensors after every trial; here also resident memory."""
+    executor = executor_of(lanes=2)
+    jobs = [make_job(number % 4, steps=2) for number in range(50)]
+    resident = []
+    for number, job in enumerate(jobs):
+        executor.submit(replace(job, trial=number))
+        if executor.free_slots == 0 or number == len(jobs) - 1:
+            while executor.busy:
+                resident += [psutil.Process().memory_info().rss] * len(executor.wait())
+    assert len(resident) == 50
+    assert resident[-1] <= 1.01 * resident[9]
+
+
+def test_a_trial_that_leaves_tensors_behind_is_an_error(executor_of) -> None:
+    left: list[torch.Tensor] = []
+
+    class Leaking(TrialPack):
+        def evaluate(self, *args: Any, **named: Any) -> list[EvalResult]:
+            left.append(torch.ones(10_000))
+            return super().evaluate(*args, **named)
+
+    with pytest.raises(MachineError, match="have not been given back since the first trial"):
+        finish(executor_of(lanes=1, pack=Leaking), [make_job(0), make_job(1), make_job(2)])
 
 
 def test_an_error_that_is_not_about_memory_is_not_swallowed(executor_of) -> None:

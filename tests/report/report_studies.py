@@ -11,6 +11,7 @@ from lora_tune.records import (
     LanePlan,
     ModelIdentity,
     Point,
+    ProbeReading,
     RungResult,
     StudyLock,
     StudySnapshot,
@@ -119,6 +120,26 @@ def trial(row: tuple[object, ...]) -> TrialRecord:
     )
 
 
+def probe_reading(lanes: int, size: int, speed: float, dtype: str = "bfloat16") -> ProbeReading:
+    return ProbeReading(
+        lanes=lanes,
+        micro_batch_size=size,
+        compute_dtype=dtype,
+        tokens_per_s=speed,
+        peak_bytes=None,
+    )
+
+
+PROBE_READINGS = (
+    probe_reading(1, 4, 181.4, "float32"),
+    probe_reading(1, 4, 239.0),
+    probe_reading(1, 8, 310.7),
+    probe_reading(2, 8, 402.9),
+    probe_reading(4, 8, 590.3),
+    probe_reading(8, 8, 608.0),
+)
+
+
 def lock() -> StudyLock:
     """Return the resolved study that all snapshots here share."""
     return StudyLock(
@@ -185,9 +206,10 @@ def lock() -> StudyLock:
             lanes=4,
             micro_batch_size=8,
             gradient_checkpointing=False,
-            grouped=False,
+            group_rank=64,
             budget_bytes=4 * GIB,
-            tokens_per_s={"1 lane": 181.4, "4 lanes": 402.9},
+            probe_readings=PROBE_READINGS,
+            probe_s=31.25,
         ),
         rungs=STEPS,
         warmup_steps=6,

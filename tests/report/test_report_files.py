@@ -58,6 +58,7 @@ def test_trials_csv_reads_back_as_the_records(tmp_path):
         else:
             assert row["eval_loss"] == trial.best_loss
             assert row["steps"] == trial.steps
+            assert row["eval_rows"] == len(trial.rungs[-1].evaluation.loss_sums)
             assert row["eval_loss_rung_0"] == trial.rungs[0].eval_loss
     text = (tmp_path / "trials.csv").read_text()
     assert ",200," in text
@@ -74,6 +75,7 @@ def test_report_json_has_the_documented_parts_without_losses_of_single_examples(
         "trials",
         "confirmation",
         "memory",
+        "probe",
     ]
     assert data["format_version"] == 1
     assert data["summary"]["winner"] == 7

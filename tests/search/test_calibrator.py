@@ -60,7 +60,7 @@ def gate() -> Gate:
         compute_dtype="bfloat16",
         max_tokens=MAX_TOKENS,
         budget_bytes=GIB,
-        grouped=True,
+        group_rank=128,
         compute_capability="8.9",
     )
 
@@ -87,7 +87,7 @@ def estimate(lanes: tuple[LaneShape, ...], *, max_length: int, label_fraction: f
         max_length=max_length,
         gradient_checkpointing=False,
         gradient_accumulation=True,
-        grouped=True,
+        group_rank=128,
         label_fraction=label_fraction,
         compute_capability="8.9",
     )
@@ -148,7 +148,7 @@ def lock(capacity_bytes: int) -> StudyLock:
             lanes=8,
             micro_batch_size=2,
             gradient_checkpointing=False,
-            grouped=True,
+            group_rank=128,
             budget_bytes=int(capacity_bytes * 0.9),
             capacity_bytes=capacity_bytes,
         ),

