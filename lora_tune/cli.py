@@ -1,8 +1,8 @@
 """The commands' signatures and exit codes. Imports the rest only when a command runs.
 
 Exit codes: 0 finished; 1 a bug; 2 usage; 3 study file or data; 4 study folder; 5 nothing fits the memory;
-6 all trials failed; 7 this machine; 8 the base model; 75 stopped by SIGTERM, the same command goes on;
-130 interrupted.
+6 all trials failed; 7 this machine; 8 the base model; 9 packed and plain training differ (verify); 75 stopped
+by SIGTERM, the same command goes on; 130 interrupted.
 """
 
 import shlex
@@ -14,6 +14,7 @@ import typer
 from lora_tune import __version__
 from lora_tune.errors import LoraTuneError, Terminated
 
+EXIT_DIFFERS = 9
 EXIT_RESUMABLE = 75
 EXIT_INTERRUPTED = 130
 
@@ -68,6 +69,30 @@ def report(study: StudyArgument = None) -> None:
     from lora_tune.commands.report import report as report_command
 
     report_command(study)
+
+
+@app.command()
+def verify(
+    study: StudyArgument = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(help="A trial that finished a rung; the winner if not given.", min=0),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Further plain runs with other seeds: the seed noise.", min=0)
+    ] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
+) -> None:
+    """Train a finished trial again by plain PEFT and torch, and compare."""
+    from lora_tune.commands.verify import verify as verify_command
+
+    try:
+        agrees = verify_command(study, trial=trial, num_seeds=seeds, as_json=as_json)
+    except KeyboardInterrupt:
+        typer.echo("\nlora-tune: interrupted; nothing was written.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if not agrees:
+        raise typer.Exit(EXIT_DIFFERS)
 
 
 @app.command()

@@ -37,6 +37,7 @@ FLOORS = {
     "trace": 5.0,
     "planning": 6.0,
     "tuner": 7.0,
+    "verification": 7.0,
     "commands": 8.0,
     "cli": 9.0,
 }
@@ -47,6 +48,7 @@ WALLS = {
     "engine": {"optuna", "sqlalchemy"},
     "executors": {"optuna", "sqlalchemy"},
     "trace": {"optuna", "sqlalchemy"},
+    "verification": {"optuna", "sqlalchemy"},
     "search": TENSORS,
     "memory": TENSORS | {"optuna"},
     "report": TENSORS | {"optuna"},
@@ -292,7 +294,6 @@ def write_study(folder: Path) -> Path:
             lanes=1,
             micro_batch_size=4,
             gradient_checkpointing=False,
-            grouped=False,
             budget_bytes=2**32,
         ),
         rungs=(10,),
