@@ -27,17 +27,30 @@ def attend_by_rows(model: nn.Module, layout: PackLayout) -> bool:
     """Let a model's attention cut flat sequences into the layout's rows.
 
     Returns:
-        Whether it does: the model's attention must be exchangeable and its decoder take position ids.
+        Whether it does. The model's attention must be exchangeable and be no more than torch's own (no
+        soft cap, no sinks), its decoder take position ids, and nothing else may look across tokens, as
+        convolutions and recurrences do. ``load_base_model`` checks the result on real rows.
     """
     decoder = model.get_decoder()  # type: ignore[operator]
-    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-    if not (getattr(model, "_supports_attention_backend", False) and takes_positions):
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
+    if not (
+        "position_ids" in inspect.signature(decoder.forward).parameters
+        and getattr(model, "_supports_attention_backend", False)
+        and getattr(model, "_supports_sdpa", False)
+        and not getattr(model, "_is_stateful", False)
+        and kinds <= {"full_attention", "sliding_attention"}
+    ):
         return False
     transformers.AttentionInterface.register(NAME, _attend)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     for module in model.modules():  # no common class or attribute tells the attention among them
         setattr(module, _LAYOUT, layout)
     return True
+
+
+def attend_as_loaded(model: nn.Module) -> None:
+    """Give a model torch's attention back: its rows are padded from now on."""
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]
 
 
 def _attend(
@@ -97,7 +110,7 @@ def _attend_short(
 
 def _to_rows(part: Tensor, rows: RowCut) -> Tensor:
     """Return (1, heads, N, D) as (rows, heads, T, D)."""
-    flat = part.transpose(1, 2)[0]
+    flat = part.transpose(1, 2).flatten(0, 1)  # a view
     if rows.slots_N is not None:
         flat = _Scatter.apply(flat, rows.slots_N, rows.num_rows * rows.length)  # type: ignore[no-untyped-call]
     return flat.reshape(rows.num_rows, rows.length, *flat.shape[1:]).transpose(1, 2)
@@ -107,9 +120,9 @@ def _sliding_mask(length: int, window: int | None, device: torch.device) -> Tens
     """Return which keys a query sees; None when that is all before it."""
     if window is None or length <= window:
         return None
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+    keys = torch.arange(length, device=device)
+    queries = keys[:, None]
+    return ((keys <= queries) & (keys > queries - window))[None, None]
 
 
 class _Scatter(torch.autograd.Function):

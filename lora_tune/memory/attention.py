@@ -6,11 +6,34 @@ Notation as in ``ops.py``; H heads. Eager attention is in ``eager.py``.
 from dataclasses import replace
 
 from lora_tune.memory.eager import eager_attention
-from lora_tune.memory.ledger import Gradient, Value
+from lora_tune.memory.ledger import Block, Gradient, Value
 from lora_tune.memory.ops import Heads, Ops
 
 
 def attention(ops: Ops, q: Value, k: Value, v: Value, heads: Heads) -> Value:
+    """Attention of a batch of rows; the engine cuts the line of all rows into one by views.
+
+    Source: ``engine/attention.py``, ``_attend``.
+    """
+    mask = _sliding_mask(ops) if ops.n.in_line and heads.masked else None
+    out = _attention(ops, q, k, v, heads)
+    del mask
+    return out
+
+
+def _sliding_mask(ops: Ops) -> Block:
+    """Which keys a query sees in its window: a byte a pair, from two comparisons."""
+    book, length = ops.book, ops.n.length
+    keys = book.hold(8 * length)
+    before = book.hold(length**2)
+    edges = book.hold(8 * length)
+    within = book.hold(length**2)
+    mask = book.hold(length**2)
+    del keys, before, edges, within
+    return mask
+
+
+def _attention(ops: Ops, q: Value, k: Value, v: Value, heads: Heads) -> Value:
     """Attention by the kernel that this step's device would choose.
 
     Flash attention without a mask where the device has it (on a CPU always); else the memory-efficient
@@ -78,7 +101,8 @@ def _fused_attention(ops: Ops, q: Value, k: Value, v: Value, heads: Heads, *, fl
             ops.gather(x, width)
             for x, width in ((q, heads.query_size), (k, heads.kv_size), (v, heads.kv_size))
         )
-    bias = book.hold(e * n.rows * n.length**2) if heads.masked else None
+    mask_rows = 1 if n.in_line else n.rows
+    bias = book.hold(e * mask_rows * n.length**2) if heads.masked else None
     out = book.hold(q_bytes)
     lse = book.hold(4 * tokens * heads.count)
     node = None

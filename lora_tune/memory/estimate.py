@@ -32,31 +32,28 @@ def estimate_memory(
     if not shape.covered:
         raise UncoveredModelError(f'model_type "{shape.model_type}" has no closed form.')
     base = terms.book(terms.base_tensors(shape, request))
-    matrices = list(terms.adapter_matrices(shape, request))
+    tensors = list(terms.adapter_tensors(shape, request))
     adapter_e = DTYPE_BYTES[request.adapter_dtype]
-    adapters = terms.book((adapter_e * elements, count) for elements, count in matrices)
-    optimizer = terms.book(terms.optimizer_tensors(matrices, request))
+    adapters = terms.book((adapter_e * elements, count) for elements, count in tensors)
+    optimizer = terms.book(terms.optimizer_tensors(tensors, request))
     step = Step(shape, request)
     peak = step.run()
-    held = adapters.size + adapters.rounding if request.gradient_accumulation else 0
+    gradients = adapters.size + adapters.rounding
+    held = gradients if request.keeps_gradients else 0
     workspace = (
         base.rounding
         + adapters.rounding
         + optimizer.rounding
         + sum(terms.rounded(4 * elements) for elements in shape.buffers)
-        + terms.step_counter_bytes(sum(count for _, count in matrices), request)
+        + terms.step_counter_bytes(sum(count for _, count in tensors), request)
         + terms.input_bytes(
-            request, tokens=step.numbers.tokens, label_tokens=step.numbers.label_tokens
+            shape, request, tokens=step.numbers.tokens, label_tokens=step.numbers.label_tokens
         )
         + terms.cublas_workspace_bytes(request.compute_capability)
     )
     phases = {
         peak.phase: (peak.activations, peak.logits_and_loss, peak.gradients + held),
-        "optimizer": (
-            terms.optimizer_work_bytes(shape, request),
-            0,
-            adapters.size + adapters.rounding,
-        ),
+        "optimizer": (0, 0, gradients),  # which works in place
     }
     phase = max(phases, key=lambda name: sum(phases[name]))
     activations, logits, gradients = phases[phase]
@@ -75,7 +72,7 @@ def estimate_memory(
         peak_reserved_bytes=max(total, reserved_bytes(shape, request)) if reserved else total,
         peak_phase=phase,
         terms=own,
-        trainable_parameters=sum(elements * count for elements, count in matrices),
+        trainable_parameters=sum(elements * count for elements, count in tensors),
         base_parameters=shape.num_parameters,
     )
 

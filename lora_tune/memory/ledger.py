@@ -103,7 +103,7 @@ class Book:
         held = node.gradient
         if held is None:
             node.gradient = block
-        elif getrefcount(held) > 3:  # the node, the name here, and getrefcount's own
+        elif getrefcount(held) > 3:  # the node, the name here, getrefcount's own
             node.gradient = self.hold(held.size, held.kind)
 
     def run_backward(self, down_to: int = 0) -> None:

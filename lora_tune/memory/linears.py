@@ -1,11 +1,9 @@
 """Linear layers with their adapters, as PEFT's layers and as ours book them.
 
-Notation as in ``ops.py``; n weights of a layer, r rank, K lanes.
+Notation as in ``ops.py``; n weights of a layer, r rank, R ranks of a group of lanes added up.
 """
 
-from collections import Counter
-from collections.abc import Callable
-
+from lora_tune.memory.groups import Group
 from lora_tune.memory.ledger import GRADIENT, Block, Gradient, Node, Value
 from lora_tune.memory.ops import Ops, Site
 from lora_tune.memory.terms import NF4_BLOCK
@@ -22,8 +20,8 @@ def begin_backward(ops: Ops, site: Site, gradient: Block) -> None:
     """Do of the last linear layer's backward what needs nothing that was kept.
 
     A checkpointed layer is computed again when the first kept tensor is asked for. Before that
-    PEFT's layer multiplies by the scaling, a grouped product gathers its lanes' gradients, and
-    a 4-bit product, which keeps only its weight, is differentiated altogether.
+    PEFT's layer multiplies by the scaling, and a 4-bit product, which keeps only its weight, is
+    differentiated altogether; ours begins with what it kept.
     """
     book, n = ops.book, ops.n
     tokens = n.tokens
@@ -33,9 +31,6 @@ def begin_backward(ops: Ops, site: Site, gradient: Block) -> None:
             ops.begun.append(_frozen_gradient(ops, site, gradient, e))
         return
     if n.packed:
-        with_it = sum(rank > 0 for rank in site.ranks)
-        if n.grouped and with_it > 1:
-            ops.begun.append(_gathered(ops, site, e, with_it))
         return
     low_e = 2 if n.autocast else n.adapter_e
     grad = gradient
@@ -43,14 +38,6 @@ def begin_backward(ops: Ops, site: Site, gradient: Block) -> None:
         grad = book.hold(low_e * tokens * site.outputs)
     ops.begun.append(book.hold(low_e * tokens * site.outputs))
     del grad
-
-
-def _gathered(ops: Ops, site: Site, e: int, count: int) -> Block:
-    """Return the lanes' gradients in one block: each lane's lies in zeros of the whole size."""
-    size = e * (ops.n.tokens // ops.n.lanes) * site.outputs * count
-    gathered = ops.book.hold(size)
-    ops.book.touch(size)
-    return gathered
 
 
 def _frozen_gradient(ops: Ops, site: Site, gradient: Block | None, e: int) -> Block:
@@ -137,7 +124,7 @@ def peft_linear(ops: Ops, x: Value, site: Site) -> Value:
     autocast makes of float32 adapters.
     """
     book, n = ops.book, ops.n
-    tokens, rank = n.tokens, max(site.ranks)
+    tokens, rank = n.tokens, site.rank
     out, base_node = _product(ops, x, site)
     if site.quantized:
         out = book.hold(x.e * tokens * site.outputs)  # result.clone()
@@ -149,7 +136,7 @@ def peft_linear(ops: Ops, x: Value, site: Site) -> Value:
     if casts and (x.e != n.adapter_e or n.other_half):
         given_e = n.adapter_e
         given = book.hold(given_e * tokens * site.inputs)
-    dropout = any(site.dropouts)
+    dropout = site.dropout
     mask = None
     dropped = given
     if dropout:
@@ -228,179 +215,87 @@ def _gradient(ops: Ops, made_e: int, elements: int) -> None:
 
 
 def packed_linear(ops: Ops, x: Value, site: Site) -> Value:
-    """Our layer: the frozen product once, and every lane's share added to its own rows.
+    """Our layer: the frozen product once, to which every group of lanes adds its share in place.
 
-    Source: ``engine/lora.py``, ``PackedLinear.forward``.
+    Keeps its input and what ``_share`` keeps. The gradient of the output passes through.
+    Source: ``engine/lora.py``, ``PackedLinear.forward`` and ``_LowRankUpdate``.
     """
-    book, n = ops.book, ops.n
-    e, tokens = x.e, n.tokens
+    book, e = ops.book, x.e
     out, base_node = _product(ops, x, site)
-    with_it = [k for k, rank in enumerate(site.ranks) if rank]
-    if n.grouped and len(with_it) > 1:
-        deltas, product = _grouped_deltas(ops, x, site, with_it)
-    else:
-        deltas, product = _lane_deltas(ops, x, site, with_it)
-    lane_size = e * tokens // n.lanes * site.outputs
-    parts = [book.hold(lane_size) for _ in range(n.lanes - len(with_it))]
-    delta = deltas if n.lanes == 1 else [book.hold(e * tokens * site.outputs)]
-    result = book.hold(e * tokens * site.outputs)
-    del out, parts, delta
-    deltas.clear()
-    node = None
-    if book.grad_enabled:
-
-        def backward(gradient: Gradient) -> None:
-            product(gradient[0])
-            if base_node is not None:
-                book.accumulate(base_node, gradient.pop())
-
-        node = book.node(backward)
-    return Value(result, e, node)
-
-
-def _lane_deltas(
-    ops: Ops, x: Value, site: Site, lanes: list[int]
-) -> tuple[list[Block], Callable[[Block], None]]:
-    """One ``_LowRankProduct`` a lane."""
-    book, n = ops.book, ops.n
-    e, tokens = x.e, n.tokens
-    own = tokens // n.lanes
-    source = x.node
-    kept: list[list[Block]] = []
-    deltas = []
-    for k in lanes:
-        rank = site.ranks[k]
-        saved = [x.block]
-        masked = None
-        if site.dropouts[k]:
-            saved.append(book.hold(own * site.inputs))
-        if e < n.adapter_e:
-            saved += [book.hold(e * rank * size) for size in (site.inputs, site.outputs)]
-        if site.dropouts[k]:
-            masked = book.hold(e * own * site.inputs)
-        low = book.hold(e * own * rank)
-        low = book.hold(e * own * rank)  # times the scaling
-        saved.append(low)
-        deltas.append(book.hold(e * own * site.outputs))
-        del masked, low
-        if ops.recomputing and site.last and k == lanes[-1]:
-            book.stopped = True
-        kept.append(saved)
-    if not book.grad_enabled:
-        kept.clear()
-
-    def backward(grad: Block) -> None:
-        for k in reversed(lanes):
-            rank = site.ranks[k]
-            low = book.hold(e * own * rank)
-            low = book.hold(e * own * rank)
-            masked = book.hold(e * own * site.inputs) if site.dropouts[k] else None
-            made = None
-            if source is not None:
-                made = book.hold(e * own * site.inputs)
-                if site.dropouts[k]:
-                    made = book.hold(e * own * site.inputs)
-            by_a = book.hold(e * rank * site.inputs, GRADIENT)
-            by_b = book.hold(e * rank * site.outputs, GRADIENT)
-            del masked, low
-            kept.pop()
-            for matrix, size in ((by_b, site.outputs), (by_a, site.inputs)):
-                _own_gradient(ops, matrix, e, rank * size)
-            del matrix, by_a, by_b
-            if source is not None and made is not None:
-                if len(lanes) > 1 or n.lanes > 1:
-                    made = book.hold(e * tokens * site.inputs)  # of the slice
-                book.accumulate(source, made)
-
-    return deltas, backward
-
-
-def _grouped_deltas(
-    ops: Ops, x: Value, site: Site, lanes: list[int]
-) -> tuple[list[Block], Callable[[Block], None]]:
-    """One ``_LowRankProduct`` over all lanes, padded to the largest rank."""
-    book, n = ops.book, ops.n
-    e, tokens, count = x.e, n.tokens, len(lanes)
-    own = tokens // n.lanes
-    rank = max(site.ranks)
-    source = x.node
-    inputs, outputs = site.inputs, site.outputs
-    saved = []
-    for size in (inputs, outputs):
-        padded = book.hold(e * rank * size, count=count)
-        saved.append(book.hold(e * rank * size * count))
-        del padded
-    stacked = book.hold(e * own * inputs * count)
-    dropout = any(site.dropouts)
-    masks: list[Block] = []
-    if dropout:
-        drawn = sum(site.dropouts)
-        masks.append(book.hold(own * inputs, count=drawn))
-        ones = book.hold(own * inputs, count=count - drawn)
-        saved.append(book.hold(own * inputs * count))
-        del ones
-    masked = book.hold(e * own * inputs * count) if dropout else None
-    low = book.hold(e * own * rank * count)
-    wide = book.hold(4 * own * rank * count)
-    low = book.hold(e * own * rank * count) if e < 4 else wide
-    del wide
-    deltas = [book.hold(e * own * outputs * count)]
-    del masked
-    masks.clear()
+    if site.is_view:
+        out = book.hold(out.size)
+    saved = [x.block]
+    for group in site.groups:
+        saved += _share(ops, site, group, e)
     if ops.recomputing and site.last:
         book.stopped = True
-    saved += [stacked, low]
-    del stacked, low
-    if not book.grad_enabled:
-        saved.clear()
+    node = None
+    if book.grad_enabled:
+        source = x.node
 
-    def backward(grad: Block) -> None:
-        by_lane = ops.begun.pop() if ops.begun else _gathered(ops, site, e, count)
-        low = book.hold(e * own * rank * count)
-        if e < 4:
-            low = book.hold(4 * own * rank * count)
-        low = book.hold(e * own * rank * count)
-        masked = book.hold(e * own * inputs * count) if dropout else None
-        made = None
-        if source is not None:
-            made = book.hold(e * own * inputs * count)
-            if dropout:
-                made = book.hold(e * own * inputs * count)
-        by_a = book.hold(e * rank * inputs * count, GRADIENT)
-        by_b = book.hold(e * rank * outputs * count, GRADIENT)
-        del masked, low, by_lane
-        saved.clear()
-        if source is not None:
-            whole = book.hold(e * tokens * inputs)
-            book.touch(e * tokens * inputs)
-            del made
-            book.accumulate(source, whole)
-            del whole
-        for rank_k, lanes_k in Counter(site.ranks[k] for k in lanes).items():
-            _cut_gradients(ops, e, rank_k * outputs, lanes_k)
-        del by_b
-        for rank_k, lanes_k in Counter(site.ranks[k] for k in lanes).items():
-            _cut_gradients(ops, e, rank_k * inputs, lanes_k)
-        del by_a
+        def backward(gradient: Gradient) -> None:
+            made = _share_gradients(ops, site, e, to_input=source is not None)
+            saved.clear()
+            if base_node is not None:
+                book.accumulate(base_node, gradient.pop())
+            gradient.clear()
+            if source is not None and made is not None:
+                book.accumulate(source, made)
 
-    return deltas, backward
+        node = book.node(backward)
+    return Value(out, e, node)
 
 
-def _own_gradient(ops: Ops, made: Block, made_e: int, elements: int) -> None:
-    """Book the gradient of a float32 master matrix, made in ``made_e`` bytes an element."""
-    if made_e != ops.n.adapter_e:
-        made = ops.book.hold(ops.n.adapter_e * elements, GRADIENT)
-    if not ops.n.accumulates:
-        ops.gradients.append(made)
+def _share(ops: Ops, site: Site, group: Group, e: int) -> list[Block]:
+    """``scaling * (mask * x) @ A.T @ B.T`` of a group; return what backward needs beside x.
+
+    A and B in the compute type, those of several lanes under each other (in float32 before they are cast; a
+    lone one in float32 is the adapter itself); with dropout a mask of one byte an input; the rank-R
+    product. The scaling of several lanes is a float32 matrix, and so is their product before it is cast.
+    """
+    book = ops.book
+    saved = []
+    rank, several = sum(group.ranks), len(group.ranks) > 1
+    for size in (site.inputs, site.outputs):
+        stacked = book.hold(4 * rank * size) if several and e < 4 else None
+        if several or e < 4:
+            saved.append(book.hold(e * rank * size))
+        del stacked
+    masked = None
+    if group.dropout:
+        saved.append(book.hold(group.tokens * site.inputs))
+        masked = book.hold(e * group.tokens * site.inputs)
+    saved.append(_scaled(ops, group, e))
+    del masked
+    return saved
 
 
-def _cut_gradients(ops: Ops, made_e: int, elements: int, count: int) -> None:
-    """Book the gradients of ``count`` matrices, cut out of a padded group's and cast one by one."""
-    book, e = ops.book, ops.n.adapter_e
-    if made_e == e:
-        made = book.hold(e * elements, GRADIENT, count)
-    else:
-        book.touch(made_e * elements + e * elements * count, GRADIENT)
-        made = book.hold(e * elements, GRADIENT, count)
-    if not ops.n.accumulates:
-        ops.gradients.append(made)
+def _scaled(ops: Ops, group: Group, e: int) -> Block:
+    """Return a rank-R product, times the scaling."""
+    book, elements = ops.book, group.tokens * sum(group.ranks)
+    low = book.hold(e * elements)
+    if len(group.ranks) > 1 and e < 4:
+        low = book.hold(4 * elements)
+    low = book.hold(e * elements)
+    return low
+
+
+def _share_gradients(ops: Ops, site: Site, e: int, *, to_input: bool) -> Block | None:
+    """Book the way back through all groups; return the input's gradient if it is asked for.
+
+    Gradients of A and B are made in the compute type and added to the float32 ones, which are always
+    there; those of several lanes are cast first. All groups write into one gradient of the input.
+    """
+    book = ops.book
+    made = book.hold(e * ops.n.tokens * site.inputs) if to_input else None
+    low = None
+    for group in site.groups:
+        low = _scaled(ops, group, e)
+        made_e = e + 4 if len(group.ranks) > 1 and e < 4 else e
+        rank = sum(group.ranks)
+        book.touch(made_e * rank * site.outputs)
+        masked = book.hold(e * group.tokens * site.inputs) if group.dropout else None
+        book.touch(made_e * rank * site.inputs)
+        del masked
+    del low
+    return made

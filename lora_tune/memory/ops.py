@@ -9,6 +9,7 @@ bitsandbytes 0.50.2, torch 2.13 (``tools/autograd/derivatives.yaml`` for what a 
 
 from dataclasses import dataclass
 
+from lora_tune.memory.groups import Group
 from lora_tune.memory.ledger import Block, Book, Gradient, Node, Value
 
 
@@ -20,8 +21,11 @@ class Site:
     outputs: int
     quantized: bool
     nested: bool = False  # double quantization: the statistics are dequantized first
-    ranks: tuple[int, ...] = ()  # one per lane; 0 for a lane that does not adapt it
-    dropouts: tuple[bool, ...] = ()  # whether the lane's dropout is above 0
+    rank: int = 0  # of PEFT's adapter; 0: none
+    dropout: bool = False  # whether PEFT's adapter has it
+    lanes: tuple[bool, ...] = ()  # which of our lanes adapt it
+    groups: tuple[Group, ...] = ()  # of our lanes that adapt it
+    is_view: bool = False  # the frozen product comes out as a view, which ours copies
     last: bool = False  # the last linear layer of a decoder layer: a recomputation stops in it
 
     @property
@@ -31,8 +35,8 @@ class Site:
 
     @property
     def adapted(self) -> bool:
-        """Whether some lane adapts it."""
-        return any(self.ranks)
+        """Whether it has an adapter."""
+        return self.rank > 0 or bool(self.groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +73,7 @@ class Numbers:
     half_softmax: bool  # float16 on CUDA: softmax reads it and writes float32 in one kernel
     autocast: bool
     packed: bool  # our layers rather than PEFT's
-    grouped: bool
+    in_line: bool  # all rows in one line, so that positions and what is made of them have N entries
     attention: str
     padded: bool
     norm: str  # "rms", "gemma" or "layer"
@@ -82,6 +86,11 @@ class Numbers:
     def tokens(self) -> int:
         """T, of all lanes."""
         return self.rows * self.length
+
+    @property
+    def positions(self) -> int:
+        """Entries of the position ids: one a token where rows lie in one line, else those of a row."""
+        return self.tokens if self.in_line else self.length
 
     @property
     def cuda(self) -> bool:
@@ -330,7 +339,9 @@ class Ops:
                 gradient.pop()
                 if half:
                     grad = book.hold(full)
-                self._norm_backward(grad, saved, source, full=full, own=own)
+                gradient.append(grad)
+                del grad
+                self._norm_backward(gradient, saved, source, full=full, own=own)
 
             node = book.node(backward)
         del back
@@ -370,15 +381,16 @@ class Ops:
                 grad = gradient.pop()
                 if half:
                     grad = self.begun.pop() if last and self.begun else book.hold(full)
-                grad = book.hold(full)  # through the factor
-                self._norm_backward(grad, saved, source, full=full, own=own)
+                gradient.append(book.hold(full))  # through the factor
+                del grad
+                self._norm_backward(gradient, saved, source, full=full, own=own)
 
             node = book.node(backward)
         del wide, root, factor, scaled
         return Value(out, x.e, node)
 
     def _norm_backward(
-        self, grad: Block, saved: list[Block], source: Node, *, full: int, own: int
+        self, gradient: Gradient, saved: list[Block], source: Node, *, full: int, own: int
     ) -> None:
         """The way back through ``x * rsqrt(mean(x ** 2) + eps)``, all in float32.
 
@@ -388,7 +400,8 @@ class Ops:
         book = self.book
         times_root = book.hold(full)
         book.touch(full)  # the product with the input, summed at once
-        del grad
+        if self.n.packed:  # the trainers' stacks are still counted as if it lived to the end
+            gradient.clear()
         spread = book.hold(full)  # the mean's gradient
         power = book.hold(full)
         twice = book.hold(full)

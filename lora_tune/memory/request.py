@@ -3,6 +3,7 @@
 A training stack is an input, since the same LoRA needs other bytes under each:
 
     lora-tune     our engine: float32 adapters, no autocast, head on label positions in chunks, lanes
+                  whose low-rank products are joined in groups
     trainer       transformers' Trainer with PEFT, without k-bit preparation: autocast, full logits
     trainer-kbit  the same after ``prepare_model_for_kbit_training``: norms, embeddings and head in
                   float32, and with them the residual stream
@@ -21,6 +22,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit")
 ATTENTIONS = ("sdpa", "flash", "eager")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GROUP_RANK_OF_GPUS, GROUP_RANK_OF_CPUS = 128, 64
+"""Up to which sum of ranks lanes of the engine share a product: ``engine.lora.default_group_rank``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +101,15 @@ class MemoryRequest:
     optimizer: str = "adamw"
     padded: bool = False  # rows of unequal length in a batch, so that attention gets a mask
     outputs_held: bool = False  # the caller keeps the model's outputs through backward
-    grouped: bool = False  # lanes as grouped low-rank products, padded to the largest rank
+    group_rank: int = GROUP_RANK_OF_GPUS  # largest sum of ranks in one product; 0: one a lane
     label_fraction: float = 1.0  # share of the tokens that carry a label; 1 is the worst case
     chunk_tokens: int = 512  # label positions per chunk of our loss
     compute_capability: str | None = "8.9"  # decides cuBLAS' workspaces; None on a CPU
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether all gradients exist throughout: our engine's always, else while they add up."""
+        return self.gradient_accumulation or STACKS[self.stack].own_engine
 
 
 def resolve_request(
@@ -160,7 +168,7 @@ def resolve_request(
         optimizer=optimizer,
         padded=padded,
         outputs_held=outputs_held,
-        grouped=row.own_engine and len(lanes) > 1 and compute_capability is not None,
+        group_rank=GROUP_RANK_OF_CPUS if compute_capability is None else GROUP_RANK_OF_GPUS,
         label_fraction=label_fraction,
         compute_capability=compute_capability,
     )
@@ -191,13 +199,9 @@ def _impossible(request: MemoryRequest, stack: Stack) -> str:
             )
         if request.adapter_dtype != "float32":
             return "its adapters are float32 master weights. Leave the adapter type out."
-        if request.compute_dtype == "float16":
-            return (
-                "float16 needs loss scaling, which the engine does not do. Use bfloat16 or float32."
-            )
         if request.optimizer != "adamw":
             return f"its optimizer is AdamW with float32 states, not {request.optimizer}."
-        if request.attention == "flash":
+        if request.attention != "sdpa":
             return (
                 "it uses torch's SDPA, which runs the flash kernel by itself. Use attention sdpa."
             )

@@ -40,10 +40,6 @@ def _events(shape: ModelShape, request: MemoryRequest) -> Iterator[AllocationEve
     step = Step(shape, request, book)
     step.run()
     yield from (AllocationEvent(*event) for event in book.events)
-    if work := terms.optimizer_work_bytes(
-        shape, request
-    ):  # while the step still holds its gradients
-        yield AllocationEvent(True, number - 1, work)
 
 
 def _static_sizes(shape: ModelShape, request: MemoryRequest) -> Iterator[int]:
@@ -55,12 +51,12 @@ def _static_sizes(shape: ModelShape, request: MemoryRequest) -> Iterator[int]:
     for _ in range(shape.num_layers):
         yield from each
     e = DTYPE_BYTES[request.adapter_dtype]
-    matrices = list(terms.adapter_matrices(shape, request))
-    for elements, count in matrices:
+    adapters = list(terms.adapter_tensors(shape, request))
+    for elements, count in adapters:
         yield from [e * elements] * count
-    for size, count in terms.optimizer_tensors(matrices, request):
+    for size, count in terms.optimizer_tensors(adapters, request):
         yield from [size] * count
-    if request.gradient_accumulation:
-        for elements, count in matrices:
+    if request.keeps_gradients:
+        for elements, count in adapters:
             yield from [e * elements] * count
     yield from terms.cublas_workspaces(request.compute_capability)

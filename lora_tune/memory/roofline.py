@@ -22,7 +22,8 @@ reads all.
 
 from dataclasses import dataclass
 
-from lora_tune.memory.request import DTYPE_BYTES, LaneShape, MemoryRequest
+from lora_tune.memory.groups import in_order, lane_groups
+from lora_tune.memory.request import DTYPE_BYTES, STACKS, LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape, adapted_copies
 
 # One RMSNorm in eager: cast, square, mean, scale, cast, weight. 2 bytes in and out, float32 between.
@@ -47,15 +48,16 @@ _HEAD_PRODUCTS = {"lora-tune": 2, "trainer": 2, "trainer-kbit": 2, "trl": 3}
 # attention with its transposes (8), residuals and MLP (6), seven products.
 _LAYER_LAUNCHES = 49
 _DEQUANTIZE_LAUNCHES = 3  # absmax, its offset, the weight
-_ADAPTER_LAUNCHES = 8  # casts of A and B, two products, scaling, addition, views
-_GROUPED_LANE_LAUNCHES = 6  # per lane of a grouped product: cast and pad A and B, slice, scale
+# PEFT's adapter: casts of A and B, two products, scaling, addition, views. A group of our lanes: A and B of
+# its lanes stacked and cast, two products, the scaling, its cast.
+_ADAPTER_LAUNCHES = 8
 _BACKWARD_LAUNCHES = 2.0  # per forward launch
-_FUSED_ADAMW_LAUNCHES, _FOREACH_ADAMW_LAUNCHES = 12, 45
+_FUSED_ADAMW_LAUNCHES = 12
 _OPTIMIZER_TENSOR_LAUNCHES = 0.4  # Python work per tensor, as a share of a launch
 
 # Bytes per adapter parameter of one optimizer step with clipping: parameter, gradient, two states read and
-# written once (fused), or once per elementary operation (foreach, torch optim/adam.py).
-_ADAMW_FUSED_BYTES, _ADAMW_FOREACH_BYTES, _ADAMW_8BIT_BYTES = 40, 76, 30
+# written once.
+_ADAMW_FUSED_BYTES, _ADAMW_8BIT_BYTES = 40, 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,34 +233,38 @@ def _launches(shape: ModelShape, request: MemoryRequest) -> float:
     count = float(_LAYER_LAUNCHES * shape.num_layers)
     count += _DEQUANTIZE_LAUNCHES * products if quantized else 0
     adapted = [sum(adapted_copies(shape, lane.targets)) for lane in request.lanes]
-    if request.grouped:
-        count += _ADAPTER_LAUNCHES * max(adapted) + _GROUPED_LANE_LAUNCHES * sum(adapted)
-    else:
-        count += _ADAPTER_LAUNCHES * sum(adapted)
+    own = STACKS[request.stack].own_engine
+    count += _ADAPTER_LAUNCHES * (_num_groups(shape, request) if own else sum(adapted))
     dropped = sum(n for n, lane in zip(adapted, request.lanes, strict=True) if lane.lora_dropout)
     return count + 2 * dropped
 
 
+def _num_groups(shape: ModelShape, request: MemoryRequest) -> int:
+    """Return the low-rank products of a forward pass: over all layers, the groups of their lanes."""
+    lanes = in_order(shape, request.lanes)
+    copies = [adapted_copies(shape, lane.targets) for lane in lanes]
+    return sum(
+        max(counts) * len(lane_groups(lanes, [count > 0 for count in counts], request))
+        for counts in zip(*copies, strict=True)
+    )
+
+
 def _optimizer_bytes(shape: ModelShape, request: MemoryRequest) -> float:
-    if request.stack == "lora-tune":
-        per_parameter = _ADAMW_FOREACH_BYTES
-    else:
-        per_parameter = _ADAMW_FUSED_BYTES if request.optimizer == "adamw" else _ADAMW_8BIT_BYTES
+    per_parameter = _ADAMW_FUSED_BYTES if request.optimizer == "adamw" else _ADAMW_8BIT_BYTES
     width = 0.5 if request.adapter_dtype == "bfloat16" and request.optimizer == "adamw" else 1.0
     return width * per_parameter * sum(_adapter_parameters(shape, lane) for lane in request.lanes)
 
 
 def _optimizer_launches(shape: ModelShape, request: MemoryRequest) -> float:
-    """Return the optimizer's launches; the 8-bit optimizers step tensor by tensor."""
+    """Return the optimizer's launches; the 8-bit optimizers step tensor by tensor, ours has one a lane."""
     total = 0.0
     for lane in request.lanes:
-        tensors = 2 * sum(adapted_copies(shape, lane.targets))
+        own = STACKS[request.stack].own_engine
+        tensors = 1 if own else 2 * sum(adapted_copies(shape, lane.targets))
         if request.optimizer != "adamw":
             total += 2 * tensors
             continue
-        own = request.stack == "lora-tune"
-        total += _FOREACH_ADAMW_LAUNCHES if own else _FUSED_ADAMW_LAUNCHES
-        total += _OPTIMIZER_TENSOR_LAUNCHES * tensors
+        total += _FUSED_ADAMW_LAUNCHES + _OPTIMIZER_TENSOR_LAUNCHES * tensors
     return total
 
 

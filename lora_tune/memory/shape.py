@@ -92,6 +92,14 @@ class ModelShape:
         return sum(self.sliding_layers)
 
     @property
+    def takes_rows_in_line(self) -> bool:
+        """Whether the engine puts all rows of a pass in one line (``engine/attention.py``).
+
+        The attention must be torch's SDPA, called through transformers' interface: not Falcon's own.
+        """
+        return self.model_type != "falcon" and not self.attention_softcap
+
+    @property
     def query_size(self) -> int:
         """Width of all query heads together."""
         return self.num_heads * self.head_dim

@@ -71,7 +71,7 @@ def changed(request: MemoryRequest, **changes: object) -> MemoryRequest:
     known = {f.name: getattr(request, f.name) for f in fields(request)}
     known |= changes
     return resolve_request(
-        **{name: value for name, value in known.items() if name not in ("grouped", "chunk_tokens")}
+        **{n: value for n, value in known.items() if n not in ("group_rank", "chunk_tokens")}
     )
 
 

@@ -6,11 +6,13 @@ every reading is linear in the layer's number, so that the largest is at an end.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from lora_tune.errors import UncoveredModelError
 from lora_tune.memory import experts, terms
+from lora_tune.memory.groups import in_order, lane_groups
 from lora_tune.memory.heads import HEADS
 from lora_tune.memory.layers import LAYERS
 from lora_tune.memory.ledger import GRADIENT, Block, Book, Gradient, RecordingBook, Value
@@ -58,17 +60,36 @@ def layer_kinds(shape: ModelShape, request: MemoryRequest, *, each: bool = False
     always = shape.model_type == "falcon"
     padded = always or (takes_masks and request.padded and request.stack != "lora-tune")
     window = shape.sliding_window
-    slides = takes_masks and window is not None and request.max_length >= window
+    own = request.stack == "lora-tune"
+    reach = request.max_length - 1 if own and shape.takes_rows_in_line else request.max_length
+    slides = takes_masks and window is not None and reach >= window
     layers = [padded] * shape.num_layers
     if slides and not padded:
         layers = list(shape.sliding_layers)
     middle = layers[1:-1]
-    counts = [(masked, 1) for masked in middle] if each else sorted(Counter(middle).items())
+    if each:
+        counts = [(masked, 1) for masked in middle]
+    elif own:
+        counts = _by_kind(middle)
+    else:
+        counts = sorted(Counter(middle).items())
     return Kinds(
         first=layers[0],
         middle=tuple(counts),
         last=layers[-1] if len(layers) > 1 else None,
     )
+
+
+def _by_kind(layers: Sequence[bool]) -> list[tuple[bool, int]]:
+    """Return layers counted by kind, but from where one kind comes for the last time as they are.
+
+    Of the layers of a kind the last one holds most.
+    """
+    if not layers:
+        return []
+    end = min(max(i for i, masked in enumerate(layers) if masked == kind) for kind in set(layers))
+    runs = [(masked, len(list(run))) for masked, run in groupby(layers[end:])]
+    return sorted(Counter(layers[:end]).items()) + runs
 
 
 class Step:
@@ -98,7 +119,7 @@ class Step:
             and request.compute_capability is not None,
             autocast=request.autocast,
             packed=request.stack == "lora-tune",
-            grouped=request.grouped,
+            in_line=request.stack == "lora-tune" and shape.takes_rows_in_line,
             attention=request.attention,
             padded=request.padded,
             norm="gemma" if shape.norm_offset else shape.norm,
@@ -119,9 +140,10 @@ class Step:
         """Go through the step and return its peak."""
         book = self.book
         book.phase = "forward"
-        table = self.numbers.weight_e * self.numbers.length * self.shape.rotary_dim
+        table = self.numbers.weight_e * self.numbers.positions * self.shape.rotary_dim
         pairs = self.shape.num_rotary_tables  # of cosines and sines, shared by the layers
         tables = [book.hold(table) for _ in range(2 * pairs)]
+        scalings = self._scalings()
         masks = self._masks()
         if not self.request.gradient_checkpointing:
             self.ops.embeddings += masks
@@ -131,8 +153,22 @@ class Step:
         else:
             self._kept()
         tables.clear()
+        scalings.clear()
         activation, logits, gradient = book.peak_kinds
         return Peak(book.peak_phase, activation, logits, gradient)
+
+    def _scalings(self) -> list[Block]:
+        """Book the scaling of each group of several lanes, a float32 matrix shared by all modules.
+
+        Source: ``engine/lora.py``, ``PackLayout.groups``.
+        """
+        distinct = {site.lanes: site.groups for site in self.sites.values()}
+        return [
+            self.book.hold(4 * group.tokens * sum(group.ranks))
+            for groups in distinct.values()
+            for group in groups
+            if len(group.ranks) > 1
+        ]
 
     def _masks(self) -> list[Block]:
         """Book the masks: a byte per pair of positions, per row when rows are padded.
@@ -144,6 +180,8 @@ class Step:
             mixed = 0 < shape.num_sliding_layers < shape.num_layers
             size = n.weight_e * n.rows * n.length**2
             return [self.book.hold(size) for _ in range(2 if mixed else 1)]
+        if n.in_line:  # each layer makes its own
+            return []
         if not any((kinds.first, kinds.last, *(masked for masked, _ in kinds.middle))):
             return []
         rows = n.rows if self.request.padded and not n.packed else 1
@@ -156,28 +194,29 @@ class Step:
         return not shape.sandwich_norms and not drops and not shape.num_experts
 
     def _sites(self) -> Mapping[str, Site]:
-        copies = [adapted_copies(self.shape, lane.targets) for lane in self.request.lanes]
-        quantized = self.request.quantization != "none" and self.shape.quantizable
-        lanes = self.request.lanes
-        last = self.shape.layer_linears[-1].name if self._ends_in_linear() else ""
-        return {
-            linear.name: Site(
+        shape, request = self.shape, self.request
+        packed = self.numbers.packed
+        lanes = in_order(shape, request.lanes) if packed else request.lanes
+        copies = [adapted_copies(shape, lane.targets) for lane in lanes]
+        quantized = request.quantization != "none" and shape.quantizable
+        last = shape.layer_linears[-1].name if self._ends_in_linear() else ""
+        sites = {}
+        for i, linear in enumerate(shape.layer_linears):
+            adapts = [counts[i] > 0 for counts in copies]
+            adapter = None if packed or not adapts[0] else lanes[0]
+            sites[linear.name] = Site(
                 inputs=linear.in_features,
                 outputs=linear.out_features,
                 quantized=quantized,
-                nested=self.request.quantization == "nf4",
-                ranks=tuple(
-                    lane.rank if counts[i] else 0
-                    for lane, counts in zip(lanes, copies, strict=True)
-                ),
-                dropouts=tuple(
-                    lane.lora_dropout > 0 and bool(counts[i])
-                    for lane, counts in zip(lanes, copies, strict=True)
-                ),
+                nested=request.quantization == "nf4",
+                rank=adapter.rank if adapter else 0,
+                dropout=adapter is not None and adapter.lora_dropout > 0,
+                lanes=tuple(adapts),
+                groups=lane_groups(lanes, adapts, request) if packed else (),
+                is_view=shape.model_type == "gpt2",
                 last=linear.name == last,
             )
-            for i, linear in enumerate(self.shape.layer_linears)
-        }
+        return sites
 
     def _kept(self) -> None:
         """Everything is kept until its backward."""
@@ -248,7 +287,7 @@ class Step:
             block = book.hold(size)
             ops.embeddings = [block]
         if shape.learned_positions:
-            ops.embeddings.append(book.hold(n.weight_e * n.length * shape.hidden))
+            ops.embeddings.append(book.hold(n.weight_e * n.positions * shape.hidden))
             if request.gradient_checkpointing:
                 ops.held.append(block)  # traced: GPT-2's stays referred to
             block = book.hold(size)

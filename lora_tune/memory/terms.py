@@ -6,11 +6,10 @@ What a step itself books is in ``step.py``; fragmentation and the CUDA context a
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 from lora_tune.memory.ledger import ALIGNMENT
-from lora_tune.memory.request import DTYPE_BYTES, MemoryRequest
+from lora_tune.memory.request import DTYPE_BYTES, STACKS, MemoryRequest
 from lora_tune.memory.shape import ModelShape, adapted_copies
 from lora_tune.records import LinearShape
 
@@ -118,20 +117,29 @@ def base_tensors(shape: ModelShape, request: MemoryRequest) -> Iterator[tuple[in
         yield e * n, 1
 
 
-def adapter_matrices(shape: ModelShape, request: MemoryRequest) -> Iterator[tuple[int, int]]:
-    """Yield (elements, how many) of all lanes' adapter matrices."""
+def adapter_tensors(shape: ModelShape, request: MemoryRequest) -> Iterator[tuple[int, int]]:
+    """Yield (elements, how many) of the tensors that hold the adapters.
+
+    PEFT's are two matrices a layer; ours is one flat tensor a lane (``engine/lora.py``, ``LaneAdapter``).
+    """
     for lane in request.lanes:
         copies = adapted_copies(shape, lane.targets)
-        for linear, count in zip(shape.linears, copies, strict=True):
-            if count:
-                yield lane.rank * linear.in_features, count
-                yield lane.rank * linear.out_features, count
+        matrices = [
+            (lane.rank * size, count)
+            for linear, count in zip(shape.linears, copies, strict=True)
+            for size in (linear.in_features, linear.out_features)
+            if count
+        ]
+        if STACKS[request.stack].own_engine:
+            yield sum(elements * count for elements, count in matrices), 1
+        else:
+            yield from matrices
 
 
 def optimizer_tensors(
-    matrices: Iterable[tuple[int, int]], request: MemoryRequest
+    adapters: Iterable[tuple[int, int]], request: MemoryRequest
 ) -> Iterator[tuple[int, int]]:
-    """Yield (bytes, how many) of AdamW's two states for matrices of these (elements, how many).
+    """Yield (bytes, how many) of AdamW's two states for tensors of these (elements, how many).
 
     torch: two states in the parameter's type. bitsandbytes 8 bit: a byte each and a float32 absmax
     per 256 elements; tensors below 4096 elements keep float32. Paged states count in full, though
@@ -140,7 +148,7 @@ def optimizer_tensors(
     Source: torch ``optim/adam.py``; bitsandbytes ``optim/optimizer.py``, ``init_state``.
     """
     e = DTYPE_BYTES[request.adapter_dtype]
-    for elements, count in matrices:
+    for elements, count in adapters:
         if request.optimizer == "adamw":
             yield e * elements, 2 * count
         elif elements < SMALLEST_8BIT_TENSOR:
@@ -150,40 +158,31 @@ def optimizer_tensors(
             yield 4 * math.ceil(elements / OPTIMIZER_8BIT_BLOCK), 2 * count
 
 
-def optimizer_work_bytes(shape: ModelShape, request: MemoryRequest) -> int:
-    """Return AdamW's temporary: none when fused; ours takes the roots of a lane's second moments at once.
+def step_counter_bytes(num_tensors: int, request: MemoryRequest) -> int:
+    """Return what AdamW's step counters take: one block a tensor, since torch's fused form counts on the GPU.
 
-    Source: torch ``optim/adam.py``, ``_multi_tensor_adam``.
+    bitsandbytes counts on the host, and keeps the two 256-entry float32 codes of its states.
     """
-    if request.stack != "lora-tune":
-        return 0
-    lanes = (replace(request, lanes=(lane,)) for lane in set(request.lanes))
-    sizes = (sum(n * count for n, count in adapter_matrices(shape, lane)) for lane in lanes)
-    return 4 * max(sizes, default=0)
-
-
-def step_counter_bytes(num_matrices: int, request: MemoryRequest) -> int:
-    """Return what AdamW's step counters take: one block a matrix with the fused form of the Trainer.
-
-    Ours is not fused and counts on the host; bitsandbytes counts there too, and keeps the two
-    256-entry float32 codes of its states.
-    """
-    if request.stack == "lora-tune":
-        return 0
     if request.optimizer == "adamw":
-        return ALIGNMENT * num_matrices
+        return ALIGNMENT * num_tensors
     return 2 * rounded(4 * 256)
 
 
-def input_bytes(request: MemoryRequest, *, tokens: int, label_tokens: int) -> int:
+def input_bytes(
+    shape: ModelShape, request: MemoryRequest, *, tokens: int, label_tokens: int
+) -> int:
     """Return the batch: token ids, labels and attention mask, 8 bytes a token each, positions 8 S.
 
-    Ours has no mask, and instead of labels seven words a label position (``engine/batches.py``).
+    Ours has no mask and one tensor of ids, of positions where rows lie in one line, and of two words
+    a label position; and the positions' float32 weights (``engine/batches.py``, ``engine/pack.py``).
     """
     positions = rounded(8 * request.max_length)
-    if request.stack == "lora-tune":
-        return rounded(8 * tokens) + positions + 7 * rounded(8 * label_tokens)
-    return 3 * rounded(8 * tokens) + positions
+    if not STACKS[request.stack].own_engine:
+        return 3 * rounded(8 * tokens) + positions
+    words = (2 if shape.takes_rows_in_line else 1) * tokens + 2 * label_tokens
+    weights = 2 if request.compute_dtype == "float16" else 1  # the loss scale multiplies a copy
+    own = rounded(8 * words) + weights * rounded(4 * label_tokens)
+    return own if shape.takes_rows_in_line else own + positions
 
 
 def cublas_workspaces(compute_capability: str | None) -> tuple[int, ...]:

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from lora_tune.engine.base import BaseModel
-from lora_tune.engine.batches import Batch
+from lora_tune.engine.batches import Batch, RowArrays
 from lora_tune.engine.lane import Lane
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.pack import PackSettings, TrialPack
 from lora_tune.memory.request import LaneShape, MemoryRequest
-from lora_tune.records import LaneJob, LinearShape, TokenizedRow, TrialConfig
+from lora_tune.records import LaneJob, TokenizedRow, TrialConfig
 from lora_tune.trace.step import Setting
 from lora_tune.trace.tracker import StorageTracker
 
@@ -23,9 +22,9 @@ class TracedPack(TrialPack):
 
     tracker: StorageTracker
 
-    def _pack_rows(self, lane_rows: Sequence[Sequence[TokenizedRow]]) -> tuple[Batch, Tensor]:
+    def _pack_rows(self, lane_rows: Sequence[Sequence[RowArrays]], micro_step: int) -> Batch:
         with self.tracker.category("inputs"):
-            return super()._pack_rows(lane_rows)
+            return super()._pack_rows(lane_rows, micro_step)
 
 
 def build_pack(base: BaseModel, request: MemoryRequest, tracker: StorageTracker) -> TracedPack:
@@ -41,7 +40,7 @@ def build_pack(base: BaseModel, request: MemoryRequest, tracker: StorageTracker)
         micro_batch_size=request.micro_batch_size,
         max_grad_norm=1.0,
         weight_decay=0.0,
-        grouped=request.grouped,
+        group_rank=request.group_rank,
     )
     pack = TracedPack(base, (row,) * request.micro_batch_size, settings)
     pack.tracker = tracker
@@ -54,10 +53,8 @@ def labels_per_row(request: MemoryRequest) -> int:
     return max(1, min(wanted, request.max_length - 1))
 
 
-def empty_lane(
-    shape: LaneShape, linears: Sequence[LinearShape], modules: Sequence[str], device: str
-) -> Lane:
-    """Return a lane whose float32 matrices have no values that matter."""
+def empty_lane(shape: LaneShape, base: BaseModel, modules: Sequence[str], device: str) -> Lane:
+    """Return a lane without an optimizer whose adapter's values do not matter."""
     config = TrialConfig(
         rank=shape.rank,
         lora_alpha=2.0 * shape.rank,
@@ -66,14 +63,6 @@ def empty_lane(
         target_modules=tuple(modules),
         learning_rate=1e-3,
     )
-    by_name = {linear.name: linear for linear in linears}
-    weights = {
-        name: (
-            _matrix(shape.rank, by_name[name].in_features, device),
-            _matrix(by_name[name].out_features, shape.rank, device),
-        )
-        for name in modules
-    }
     job = LaneJob(
         trial=0,
         rung=0,
@@ -87,11 +76,9 @@ def empty_lane(
         start_folder=None,
         result_folder=None,
     )
-    return Lane(job=job, adapter=LaneAdapter(config, weights), optimizer=None, step=0)
-
-
-def _matrix(rows: int, columns: int, device: str) -> Tensor:
-    return torch.zeros((rows, columns), device=device).requires_grad_()
+    adapter = LaneAdapter(config, base.linears, device, trained=True)
+    scaler = torch.amp.GradScaler(device) if base.compute_dtype is torch.float16 else None
+    return Lane(job=job, adapter=adapter, optimizer=None, step=0, scaler=scaler)
 
 
 def engine_step(pack: TracedPack, lanes: Sequence[Lane], setting: Setting) -> None:

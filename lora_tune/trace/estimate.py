@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 import transformers
 from torch import Tensor, nn
 
 from lora_tune.engine.base import linear_shapes
 from lora_tune.errors import LoraTuneError, ModelError
 from lora_tune.memory.allocator import AllocationEvent, replay
-from lora_tune.memory.request import MemoryRequest
+from lora_tune.memory.request import STACKS, MemoryRequest
 from lora_tune.memory.terms import cublas_workspace_bytes
 from lora_tune.records import MemoryEstimate
 from lora_tune.trace.model import (
@@ -30,7 +31,7 @@ from lora_tune.trace.optimizer import trace_optimizer_step
 from lora_tune.trace.repeat import Depth, choose_depth, repeat_layers
 from lora_tune.trace.run import TracedStep, run_step
 from lora_tune.trace.step import decoder_layers
-from lora_tune.trace.tracker import History, StorageKey
+from lora_tune.trace.tracker import History, Storage, StorageKey
 
 # Terms of the estimate whose bytes count unrounded; their rounding is workspace.
 _UNROUNDED = {
@@ -97,7 +98,10 @@ def _trace(
         traced = _run(text, request, outline, depth)
         history = traced.history
     lanes = _matrices(traced, depth, num_lanes=len(request.lanes))
-    last = trace_optimizer_step(request, lanes)
+    counts = [sum(matrix.numel() for matrix in lane) for lane in lanes]
+    history.static = [_of_all_layers(storage, counts) for storage in history.static]
+    own = STACKS[request.stack].own_engine
+    last = trace_optimizer_step([[_flat(n)] for n in counts] if own else lanes)
     workspace = cublas_workspace_bytes(request.compute_capability)
     peak = _find_peak([history, last], workspace)
     reserved = replay(_events([history, last], workspace), capacity_bytes=None)
@@ -106,7 +110,7 @@ def _trace(
         peak_reserved_bytes=reserved.peak_reserved_bytes,
         peak_phase=peak.phase,
         terms=peak.terms,
-        trainable_parameters=sum(matrix.numel() for lane in lanes for matrix in lane),
+        trainable_parameters=sum(counts),
         base_parameters=outline.num_parameters,
         method="trace",
     )
@@ -176,6 +180,17 @@ def _matrices(traced: TracedStep, depth: Depth, *, num_lanes: int) -> list[list[
         copies = 1 if item.layer is None else len(depth.real_layers(item.layer))
         lanes[item.lane] += [item.matrix] * copies
     return lanes
+
+
+def _of_all_layers(storage: Storage, counts: Sequence[int]) -> Storage:
+    """Return a static storage at the size of the whole model, if it is one of a lane's flat tensors."""
+    if storage.lane is None:
+        return storage
+    return replace(storage, num_bytes=4 * counts[storage.lane])
+
+
+def _flat(count: int) -> Tensor:
+    return torch.empty(count, device="meta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,10 @@
 """What the optimizer keeps, and what its step allocates.
 
-Bytes per adapter matrix of n elements in a type of e bytes:
+Bytes per tensor of n elements in a type of e bytes, which is a matrix of PEFT's adapter, or all
+matrices of one of the engine's lanes:
 
-* ``adamw``: two states of e*n; the fused one of the Trainer (``adamw_torch_fused``) keeps its step
-  count as a tensor on the device, the foreach one of the engine on the CPU. Source: torch
-  ``optim/adam.py``.
+* ``adamw``: two states of e*n; the fused one, which the engine and the Trainer (``adamw_torch_fused``)
+  use, keeps its step count as a tensor on the device. Source: torch ``optim/adam.py``.
 * ``adamw-8bit``, ``paged-adamw-8bit``: from 4096 elements on two states of n bytes and two
   float32 vectors of one entry per 256 elements, below that two float32 states; two
   tables of 256 float32 for all. Source: bitsandbytes ``optim/optimizer.py``, ``Optimizer2State``. Paged
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_tune.memory.request import STACKS, MemoryRequest
+from lora_tune.memory.request import MemoryRequest
 from lora_tune.trace.tracker import History, StorageTracker
 
 SMALLEST_8BIT = 4096
@@ -39,8 +39,7 @@ def state_sizes(request: MemoryRequest, parameter: Tensor) -> Iterator[StateSize
     if request.optimizer == "adamw":
         state = n * parameter.element_size()
         yield from (StateSize(state, "optimizer"),) * 2
-        if not STACKS[request.stack].own_engine:
-            yield StateSize(4, "inputs")  # the step count
+        yield StateSize(4, "inputs")  # the step count
     elif n >= SMALLEST_8BIT:
         yield from (StateSize(n, "optimizer"),) * 2
         yield from (StateSize(4 * math.ceil(n / BLOCK_8BIT), "optimizer"),) * 2
@@ -55,37 +54,25 @@ def shared_state_sizes(request: MemoryRequest) -> tuple[StateSize, ...]:
     return (StateSize(4 * 256, "inputs"),) * 2
 
 
-def trace_optimizer_step(request: MemoryRequest, lanes: Sequence[Sequence[Tensor]]) -> History:
-    """Return what clipping the gradients and the optimizer's step allocate.
+def trace_optimizer_step(lanes: Sequence[Sequence[Tensor]]) -> History:
+    """Return what clipping the gradients allocates.
+
+    The step itself, fused or of bitsandbytes, works in place and makes nothing.
 
     Args:
-        request: Decides the optimizer.
-        lanes: The trainable matrices of each lane; only shapes and types are looked at.
+        lanes: The trainable tensors of each lane; only shapes and types are looked at.
     """
-    groups = [[_trained_twin(matrix) for matrix in lane] for lane in lanes]
-    own = STACKS[request.stack].own_engine
+    groups = [[_trained_twin(tensor) for tensor in lane] for lane in lanes]
     tracker = StorageTracker(device_type="meta", vocab_size=0)
     tracker.phase = "optimizer step"
-    optimizers = []
-    for group in groups:
-        # The Trainer's fused step, like that of bitsandbytes, works in place and makes nothing.
-        optimizer = torch.optim.AdamW(group, lr=1e-3, foreach=True) if own else None
-        if optimizer is not None:
-            optimizer.step()
-        optimizers.append(optimizer)
-        for matrix in group:
-            assert matrix.grad is not None
-            tracker.register(matrix.data, "adapters")
-            tracker.register(matrix.grad, "gradients")
-            if optimizer is not None:
-                for state in optimizer.state[matrix].values():
-                    tracker.register(state, "optimizer")
+    for twin in (twin for group in groups for twin in group):
+        assert twin.grad is not None
+        tracker.register(twin.data, "adapters")
+        tracker.register(twin.grad, "gradients")
     tracker.enter_block("outside")
     with tracker:
-        for group, optimizer in zip(groups, optimizers, strict=True):
+        for group in groups:
             norm = nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM)
-            if optimizer is not None:
-                optimizer.step()
             del norm
     return tracker.history
 

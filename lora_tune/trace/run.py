@@ -127,20 +127,27 @@ def _engine(
     base = BaseModel(model, compute_dtype=getattr(torch, request.compute_dtype))
     pack = build_pack(base, request, tracker)
     lanes = [
-        empty_lane(shape, base.linears, modules, setting.device)
+        empty_lane(shape, base, modules, setting.device)
         for shape, modules in zip(request.lanes, targets, strict=True)
     ]
-    trained = tuple(
-        Trained(matrix=matrix, lane=number, layer=_layer_of_module(model, name))
-        for number, lane in enumerate(lanes)
-        if lane.adapter is not None
-        for name, pair in lane.adapter.weights.items()
-        for matrix in pair
-    )
-    _prepare(model, trained, setting)
+    adapters = [lane.adapter for lane in lanes if lane.adapter is not None]
+    _prepare(model, setting)
+    for number, adapter in enumerate(adapters):
+        assert adapter.flat.grad is not None
+        tracker.register(adapter.flat, "adapters", lane=number)
+        for size in state_sizes(request, adapter.flat):
+            lane = number if size.category == "optimizer" else None
+            tracker.register_bytes(size.num_bytes, size.category, lane=lane)
+        tracker.register(adapter.flat.grad, "gradients", lane=number)
+    _register_buffers(model, tracker)
     mark_loss(base.decoder, tracker)
     engine_step(pack, lanes, setting)
-    return trained
+    return tuple(
+        Trained(matrix=matrix, lane=number, layer=_layer_of_module(model, name))
+        for number, adapter in enumerate(adapters)
+        for name, pair in adapter.weights.items()
+        for matrix in pair
+    )
 
 
 def _trainer(
@@ -161,7 +168,10 @@ def _trainer(
         for parameter in wrapped.parameters()
         if parameter.requires_grad
     )
-    _prepare(wrapped, trained, setting)
+    _prepare(wrapped, setting)
+    mark_gradients([item.matrix for item in trained], tracker)
+    _register_trained(trained, setting)
+    _register_buffers(wrapped, tracker)
     if request.stack == "trl":
         add_fused_head(
             model,
@@ -177,16 +187,20 @@ def _trainer(
     return trained
 
 
-def _prepare(model: nn.Module, trained: Sequence[Trained], setting: Setting) -> None:
-    """Book what is there before the step beside the base, and mark layers and gradients."""
-    request, tracker = setting.request, setting.tracker
-    if request.gradient_checkpointing:
+def _prepare(model: nn.Module, setting: Setting) -> None:
+    """Mark the layers, and book the base."""
+    tracker = setting.tracker
+    if setting.request.gradient_checkpointing:
         checkpoint_layers(model, setting.semantics)
     mark_layers(model, tracker)
-    mark_gradients([item.matrix for item in trained], tracker)
     layers = _layers_of_tensors(model)
     for tensor in base_tensors(model):
         tracker.register(tensor, "base", layer=layers.get(tensor.untyped_storage()._cdata))
+
+
+def _register_trained(trained: Sequence[Trained], setting: Setting) -> None:
+    """Book PEFT's matrices, what the optimizer keeps of them, and gradients that add up."""
+    request, tracker = setting.request, setting.tracker
     for item in trained:
         tracker.register(item.matrix.data, "adapters", layer=item.layer)
         for size in state_sizes(request, item.matrix):
@@ -196,5 +210,8 @@ def _prepare(model: nn.Module, trained: Sequence[Trained], setting: Setting) -> 
             tracker.register(item.matrix.grad, "gradients", layer=item.layer)
     for size in shared_state_sizes(request):
         tracker.register_bytes(size.num_bytes, size.category)
+
+
+def _register_buffers(model: nn.Module, tracker: StorageTracker) -> None:
     for buffer in model.buffers():
         tracker.register(buffer, "inputs")

@@ -44,7 +44,8 @@ STATIC = BlockName("static", 0)
 class Storage:
     """One storage of the step: unrounded bytes, and what it is.
 
-    ``layer`` is the decoder layer that owns a static storage, None outside the layers.
+    ``layer`` is the decoder layer that owns a static storage, None outside the layers. ``lane`` is there
+    where a static storage has one float32 element for each of the lane's parameters in all layers.
     """
 
     key: StorageKey
@@ -52,6 +53,7 @@ class Storage:
     category: str
     op: str
     layer: int | None = None
+    lane: int | None = None
 
     @property
     def booked_bytes(self) -> int:
@@ -119,7 +121,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]
         out = func(*args, **kwargs)
         name: str = func.name()  # type: ignore[no-untyped-call]
-        if isinstance(out, Tensor):
+        if self._is_from_host(func, args):
+            with self.category("inputs"):
+                self._see(out, name)
+        elif isinstance(out, Tensor):
             self._see(out, name)
         elif isinstance(out, (tuple, list)):
             for leaf in _tensors(out):
@@ -133,17 +138,21 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._closed = True
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def register(self, tensor: Tensor, category: str, *, layer: int | None = None) -> None:
+    def register(
+        self, tensor: Tensor, category: str, *, layer: int | None = None, lane: int | None = None
+    ) -> None:
         """Book a tensor that is there before the step; a second time it changes nothing."""
         known = len(self.history.static)
         self._book(tensor, STATIC, category, "")
         if len(self.history.static) > known:
-            self.history.static[-1].layer = layer
+            self.history.static[-1].layer, self.history.static[-1].lane = layer, lane
 
-    def register_bytes(self, num_bytes: int, category: str, *, layer: int | None = None) -> None:
+    def register_bytes(
+        self, num_bytes: int, category: str, *, layer: int | None = None, lane: int | None = None
+    ) -> None:
         """Book bytes that are there before the step and of which no tensor is at hand."""
         key = StorageKey(STATIC, len(self.history.static))
-        self.history.static.append(Storage(key, num_bytes, category, "", layer))
+        self.history.static.append(Storage(key, num_bytes, category, "", layer, lane))
 
     def hold_briefly(self, num_bytes: int, op: str) -> None:
         """Book bytes that are given back at once."""
@@ -171,6 +180,13 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._category = before
+
+    def _is_from_host(self, func: torch._ops.OpOverload, args: Sequence[object]) -> bool:
+        """Say whether the operation copies a tensor to the device, or makes one of numbers."""
+        if func is torch.ops.aten.lift_fresh.default:
+            return True
+        source = args[0] if func is torch.ops.aten._to_copy.default else None
+        return isinstance(source, Tensor) and source.device.type != self._device_type
 
     def _see(self, tensor: Tensor, op: str) -> None:
         if tensor.device.type != self._device_type:

@@ -36,8 +36,8 @@ def step_ops(*, stack: str = "trainer", dtype: str = "bfloat16", rows: int = 2) 
         max_length=LENGTH,
         gradient_checkpointing=False,
         gradient_accumulation=False,
-        attention="eager",
     )
+    request = replace(request, attention="eager")  # which our engine runs for some models only
     return Step(ModelShape.from_config(config), request).ops
 
 

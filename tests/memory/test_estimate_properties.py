@@ -59,7 +59,7 @@ requests = st.builds(
     gradient_checkpointing=st.booleans(),
     compute_capability=st.none(),
     gradient_accumulation=st.booleans(),
-    grouped=st.booleans(),
+    group_rank=st.sampled_from([0, 64, 128]),
 )
 
 

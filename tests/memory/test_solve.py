@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lora_tune.catalog.models import find_catalog_model
+from lora_tune.engine.lora import default_group_rank
 from lora_tune.errors import StudyFileError
 from lora_tune.memory.estimate import estimate_memory
 from lora_tune.memory.request import LaneShape, MemoryRequest, resolve_request
@@ -121,8 +122,8 @@ def test_a_change_resolves_again_what_the_stack_settles() -> None:
     assert (asked.adapter_dtype, asked.autocast) == ("bfloat16", True)
     ours = changed(asked, stack="lora-tune", adapter_dtype=None, autocast=None)
     assert (ours.adapter_dtype, ours.autocast) == ("float32", False)
-    assert not changed(ours, lanes=ours.lanes).grouped
-    assert changed(ours, lanes=ours.lanes * 2).grouped
+    assert changed(ours, compute_capability="8.0").group_rank == default_group_rank("cuda")
+    assert changed(ours, compute_capability=None).group_rank == default_group_rank("cpu")
 
 
 def test_the_smallest_device_is_the_first_that_fits() -> None:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+import lora_tune.engine.attention
 from lora_tune.memory.request import LaneShape, MemoryRequest
+from lora_tune.trace.attention import AttentionKernels
 from lora_tune.trace.model import attention_name, build_base, read_config, target_modules
 from lora_tune.trace.run import linear_shapes, run_model
 from lora_tune.trace.tracker import Block, History, StorageTracker
@@ -30,6 +32,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 640,
 }
+QWEN2 = {**LLAMA, "model_type": "qwen2"}
 GPT2 = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 640}
 CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MIXED = (
@@ -57,6 +60,10 @@ def request(**changes: object) -> MemoryRequest:
 
 def without_dropout(targets: tuple[str, ...] = ALL) -> tuple[LaneShape, ...]:
     return (LaneShape(rank=8, targets=targets, lora_dropout=0.0),)
+
+
+def engine(**changes: object) -> MemoryRequest:
+    return request(stack="lora-tune", autocast=False, attention="sdpa", **changes)
 
 
 CASES = {
@@ -88,21 +95,16 @@ CASES = {
         LLAMA,
         request(stack="trl", adapter_dtype="bfloat16", gradient_checkpointing=False),
     ),
-    "engine": (LLAMA, request(stack="lora-tune", autocast=False)),
-    "engine, kept": (
-        LLAMA,
-        request(stack="lora-tune", autocast=False, gradient_checkpointing=False),
-    ),
-    "engine, two lanes": (LLAMA, request(stack="lora-tune", autocast=False, lanes=MIXED)),
-    "engine, two lanes grouped": (
-        LLAMA,
-        request(
-            stack="lora-tune",
-            autocast=False,
-            lanes=MIXED,
-            grouped=True,
-            gradient_checkpointing=False,
-        ),
+    "engine": (LLAMA, engine()),
+    "engine, kept": (LLAMA, engine(gradient_checkpointing=False)),
+    "engine, two lanes": (LLAMA, engine(lanes=MIXED, group_rank=0)),
+    "engine, two lanes grouped": (LLAMA, engine(lanes=MIXED, gradient_checkpointing=False)),
+    "engine, two groups": (LLAMA, engine(lanes=MIXED * 2, group_rank=20)),
+    "engine, float32": (LLAMA, engine(lanes=MIXED, compute_dtype="float32")),
+    "engine, GPT-2": (GPT2, engine(lanes=without_dropout(CONV1D))),
+    "engine, not quantized, with biases": (
+        QWEN2,
+        engine(quantization="none", gradient_checkpointing=False),
     ),
     "GPT-2": (GPT2, request(lanes=without_dropout(CONV1D))),
     "GPT-2, kept": (GPT2, request(lanes=without_dropout(CONV1D), gradient_checkpointing=False)),
@@ -167,7 +169,11 @@ def static_bytes(history: History) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_without_data_makes_what_a_real_step_makes(case: str) -> None:
+def test_a_step_without_data_makes_what_a_real_step_makes(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_tune.engine.attention, "SHORT", 0)  # a CPU's own form in 16 bit
+    monkeypatch.setattr(AttentionKernels, "_has_flash", lambda *_: False)  # CUDA's, in 16 bit
     config, asked = CASES[case]
     meta, real = traced(config, asked, real=False), traced(config, asked, real=True)
     assert static_bytes(meta) == static_bytes(real)

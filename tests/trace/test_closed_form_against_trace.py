@@ -41,6 +41,8 @@ MODELS = {
 }
 WORST, MEAN = 0.005, 0.001
 SAMPLED = 2  # settings of each model in the normal run
+EXPERTS = ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b")
+PACKS = 8  # packs of unlike lanes of each model without experts, on top; one in the normal run
 
 
 class Case(NamedTuple):
@@ -56,7 +58,7 @@ class Case(NamedTuple):
 def drawn_cases(model: str, count: int) -> list[Case]:
     """Draw settings for a model; combinations that a stack cannot have are drawn again."""
     source = random.Random(f"{model}/1")
-    moe = model in ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b")
+    moe = model in EXPERTS
     cases: list[Case] = []
     while len(cases) < count:
         stack = source.choice(["trainer", "trainer-kbit", "trl", "lora-tune", "lora-tune"])
@@ -95,8 +97,41 @@ def drawn_cases(model: str, count: int) -> list[Case]:
     return cases
 
 
+def drawn_packs(model: str, count: int) -> list[Case]:
+    """Draw packs of the engine whose lanes differ in rank, targets and dropout."""
+    source = random.Random(f"{model}/packs/1")
+    sets = [target_suffixes(shape_of(model), name) for name in ("attention", "mlp", "all-linear")]
+    return [
+        Case(
+            model,
+            {
+                "stack": "lora-tune",
+                "lanes": tuple(
+                    LaneShape(
+                        rank=source.choice([4, 8, 16, 32, 64, 128]),
+                        targets=source.choice(sets),
+                        lora_dropout=source.choice([0.0, 0.05]),
+                    )
+                    for _ in range(source.randint(1, 6))
+                ),
+                "quantization": source.choice(["nf4", "none"]),
+                "compute_dtype": source.choice(["bfloat16"] * 4 + ["float16", "float32"]),
+                "micro_batch_size": source.choice([1, 2, 4]),
+                "max_length": source.choice([128, 512, 1024, 2000]),
+                "gradient_checkpointing": source.random() < 0.6,
+                "gradient_accumulation": source.random() < 0.3,
+                "label_fraction": source.choice([1.0, 0.4]),
+                "compute_capability": source.choice(["8.0", "8.9", "9.0", "12.0"]),
+            },
+        )
+        for _ in range(count)
+    ]
+
+
 def request_of(case: Case) -> MemoryRequest:
     settings = dict(case.settings)
+    if isinstance(settings["lanes"], tuple):
+        return resolve_request(**settings)
     shape = shape_of(case.model)
     targets = target_suffixes(shape, settings.pop("targets"))
     rank, dropout = settings.pop("rank"), settings.pop("dropout")
@@ -128,12 +163,15 @@ def difference(case: Case) -> float:
     return closed.peak_allocated_bytes / traced.peak_allocated_bytes - 1
 
 
+PACKED = [model for model in MODELS if model not in EXPERTS]
 GRID = [case for model, count in MODELS.items() for case in drawn_cases(model, count)]
+GRID += [case for model in PACKED for case in drawn_packs(model, PACKS)]
 SAMPLE = [case for model in MODELS for case in drawn_cases(model, SAMPLED)]
+SAMPLE += [case for model in PACKED for case in drawn_packs(model, 1)]
 
 
 def test_the_grid_is_as_large_as_promised() -> None:
-    assert len(GRID) >= 300
+    assert len(GRID) >= 400
     assert len({shape_of(model).model_type for model in MODELS}) >= 10
 
 

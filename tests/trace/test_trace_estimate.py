@@ -159,7 +159,6 @@ def test_the_readings_of_the_8b_model_come_out_again(
         (64.646, {"checkpointing": False, "dropout": 0.0}),
         (101.029, {"checkpointing": False, "autocast": False}),
         (105.989, {"checkpointing": False, "stack": "trainer-kbit"}),
-        (10.271, {"stack": "lora-tune", "outputs_held": False}),
     ],
 )
 def test_what_moves_the_number_moves_it_as_written_down(
@@ -225,7 +224,7 @@ def test_repeated_layers_give_what_all_layers_give(
     "changes",
     [
         {"lanes": 3},
-        {"lanes": 3, "grouped": False, "checkpointing": False},
+        {"lanes": 3, "group_rank": 0, "checkpointing": False},
         {"gradient_accumulation": True},
         {"label_fraction": 0.25},
         {"compute_dtype": "float32"},
