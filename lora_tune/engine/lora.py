@@ -328,10 +328,9 @@ class _LowRankUpdate(torch.autograd.Function):
         groups: tuple[Group, ...] = ctx.groups  # type: ignore[attr-defined]
         x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         grad_x = None
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            whole = len(groups) == 1 and len(x_NI[groups[0].tokens]) == len(x_NI)
-            # of x's own shape, not a view: autograd adds other gradients of x to it in place
-            grad_x = x.new_empty(x.shape) if whole else x.new_zeros(x.shape)
+        whole = len(groups) == 1 and len(x_NI[groups[0].tokens]) == len(x_NI)
+        if ctx.needs_input_grad[1] and not whole:  # type: ignore[attr-defined]
+            grad_x = x.new_zeros(x.shape)
         for number, group in enumerate(groups):
             mask_NI, a_RI, b_RO, low_NR = saved[4 * number : 4 * number + 4]
             part_NO = grad_NO[group.tokens]
@@ -342,8 +341,11 @@ class _LowRankUpdate(torch.autograd.Function):
             kept_NI = part_NI if mask_NI is None else part_NI * mask_NI
             _add_gradients([a for a, _ in own], grad_low_NR.mT @ kept_NI)
             del kept_NI
-            if grad_x is None:
+            if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
                 continue
+            if grad_x is None:
+                # of x's own shape, not a view: autograd adds other gradients of x to it in place
+                grad_x = x.new_empty(x.shape)
             made_NI = grad_x.view(x_NI.shape)[group.tokens]
             torch.mm(grad_low_NR, a_RI, out=made_NI)
             if mask_NI is not None:

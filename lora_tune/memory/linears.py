@@ -284,10 +284,12 @@ def _share_gradients(ops: Ops, site: Site, e: int, *, to_input: bool) -> Block |
     """Book the way back through all groups; return the input's gradient if it is asked for.
 
     Gradients of A and B are made in the compute type and added to the float32 ones, which are always
-    there; those of several lanes are cast first. All groups write into one gradient of the input.
+    there; those of several lanes are cast first. Groups that leave out tokens write into zeros.
     """
     book = ops.book
-    made = book.hold(e * ops.n.tokens * site.inputs) if to_input else None
+    tokens = ops.n.tokens
+    whole = [group.tokens for group in site.groups] == [tokens]
+    made = book.hold(e * tokens * site.inputs) if to_input and not whole else None
     low = None
     for group in site.groups:
         low = _scaled(ops, group, e)
@@ -297,5 +299,7 @@ def _share_gradients(ops: Ops, site: Site, e: int, *, to_input: bool) -> Block |
         masked = book.hold(e * group.tokens * site.inputs) if group.dropout else None
         book.touch(made_e * rank * site.inputs)
         del masked
+        if to_input and made is None:
+            made = book.hold(e * tokens * site.inputs)
     del low
     return made
