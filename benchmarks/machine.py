@@ -30,11 +30,22 @@ def describe_run(device: str) -> dict[str, object]:
     """Return the head of a result file: when, by which command and code, on what, with which packages."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(sys.argv),
         "code": _code_version(),
         "hardware": hardware(device),
         "versions": package_versions(),
     }
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Return the command as typed in the repository, of files elsewhere the names alone.
+
+    >>> _command(["/somewhere/benchmarks/packs.py", "--small", "--output", "/tmp/x/packs.json"])
+    'python benchmarks/packs.py --small --output packs.json'
+    """
+    script, *rest = arguments
+    shown = [Path(part).name if Path(part).is_absolute() else part for part in rest]
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *shown])
 
 
 def hardware(device: str) -> dict[str, object]:

@@ -46,7 +46,6 @@ class Batch(NamedTuple):
     targets_L: Tensor
     labels: tuple[int, ...]  # label positions of each lane
     row_labels: np.ndarray  # label positions of each row
-    num_tokens: tuple[int, ...]  # of each lane, without padding
 
 
 def rows_of_step(num_rows: int, *, step: int, batch_size: int, data_seed: int) -> list[int]:
@@ -125,7 +124,6 @@ def collate(lane_rows: Sequence[Sequence[RowArrays]], device: torch.device, *, f
         targets_L=found["targets"],
         labels=tuple(int(row_labels[lane].sum()) for lane in lanes),
         row_labels=row_labels,
-        num_tokens=tuple(int(lengths[lane].sum()) for lane in lanes),
     )
 
 

@@ -24,10 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_tune.memory.request import GROUP_RANK_OF_CPUS, GROUP_RANK_OF_GPUS
 from lora_tune.records import LinearShape, TrialConfig
-
-_GROUP_RANK = {"cpu": 64}
-_GROUP_RANK_OF_GPUS = 128
 
 
 def default_group_rank(device: str) -> int:
@@ -37,7 +35,7 @@ def default_group_rank(device: str) -> int:
     one product of four lanes took 0.3 to 0.6 times as long as four up to R = 64 and longer at
     256 (docs/log.md); on a GPU 128 columns are one tile of its tensor cores.
     """
-    return _GROUP_RANK.get(device, _GROUP_RANK_OF_GPUS)
+    return GROUP_RANK_OF_CPUS if device == "cpu" else GROUP_RANK_OF_GPUS
 
 
 class LaneAdapter:
