@@ -76,6 +76,7 @@ class _Unread(NamedTuple):
     rates: tuple[float, ...]
     num_tokens: tuple[int, ...]
     readings: Tensor  # (2, K)
+    apart: bool  # each lane had products of its own
 
 
 class TrialPack:
@@ -94,6 +95,7 @@ class TrialPack:
         self.read_every = READ_EVERY_ON_GPUS if base.device.type == "cuda" else 1
         self._unread: list[_Unread] = []
         self._halted = torch.zeros((), device=base.device)
+        self._apart = False  # whether the next step is taken with products apart, and read at once
         self._arrays = lru_cache(maxsize=_KEPT_ROWS)(lambda number: as_arrays(train[number]))
 
     def new_lane(self, job: LaneJob) -> Lane:
@@ -138,8 +140,11 @@ class TrialPack:
 
     def train_step(self, lanes: Sequence[Lane]) -> None:
         """Do one optimizer step of every lane; each lane's reading goes into its points when read."""
-        self._step(lanes, isolated=self._isolated)
-        stops = any(lane.step in (lane.job.hold_step, lane.job.end_step) for lane in lanes)
+        apart = self._apart or self._isolated
+        self._step(lanes, isolated=apart)
+        stops = self._apart or any(
+            lane.step in (lane.job.hold_step, lane.job.end_step) for lane in lanes
+        )
         if stops or len(self._unread) >= self.read_every:
             self.read()
 
@@ -152,10 +157,11 @@ class TrialPack:
         for number, step in enumerate(unread):
             readings = [next(values) for _ in step.lanes]
             finite = bool(np.isfinite(readings).all())
-            if not finite and not self._isolated and len(step.lanes) > 1:
-                self._take_again(unread[number:])
+            if not finite and not step.apart and len(step.lanes) > 1:
+                self._put_back(unread[number:])
                 return
             _note(step, readings)
+        self._apart = False
 
     @property
     def _isolated(self) -> bool:
@@ -165,16 +171,13 @@ class TrialPack:
         """
         return self.settings.group_rank == 0 or self.base.compute_dtype is torch.float16
 
-    def _take_again(self, steps: Sequence[_Unread]) -> None:
-        """Put the lanes back to the first of ``steps``, none of which took effect, and repeat it."""
+    def _put_back(self, steps: Sequence[_Unread]) -> None:
+        """Put the lanes back to the first of ``steps``, none of which took effect; the next is apart."""
         for step in reversed(steps):
             for lane, number in zip(step.lanes, step.numbers, strict=True):
                 lane.step = number - 1
         self._halted.zero_()
-        self._step(steps[0].lanes, isolated=True)
-        [again] = self._unread
-        self._unread = []
-        _note(again, again.readings.T.tolist())
+        self._apart = True
 
     def _step(self, lanes: Sequence[Lane], *, isolated: bool) -> None:
         found = self._accumulate(lanes, 0 if isolated else self.settings.group_rank)
@@ -208,6 +211,7 @@ class TrialPack:
                 rates=tuple(rates),
                 num_tokens=tuple(found.num_tokens),
                 readings=readings,
+                apart=isolated,
             )
         )
 
