@@ -214,7 +214,8 @@ def run_trainer(sweep: Sweep, choice: Result | None = None, *, reload: bool) -> 
 def run_rungs(sweep: Sweep, choice: Result | None = None) -> Result:
     """Arm e: the same configurations on the product's ladder, whose later rungs only the best reach."""
     try:
-        from lora_tune.search.ladder import Ladder, LadderPlan, rung_steps
+        from lora_tune.search.ladder import Ladder, LadderPlan
+        from lora_tune.search.plan import rung_steps
     except ImportError as error:
         return {"skipped": f"the ladder needs a package that is not installed ({error.name})"}
     settled, chosen_s = _timed(lambda: choose_plan(sweep) if choice is None else choice)
@@ -248,7 +249,7 @@ def run_rungs(sweep: Sweep, choice: Result | None = None) -> Result:
                 break
             for outcome in executor.wait():
                 ladder.take(outcome)
-        winner = ladder.select_winner(practical_margin=0.0)
+        winner = ladder.finalists(1)[0]
         found = clock.end()
     results = [result for record in ladder.records.values() for result in record.rungs]
     _split_training(found)

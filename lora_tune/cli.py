@@ -56,11 +56,30 @@ def run(
     study: Annotated[
         str, typer.Argument(help="A study file, or a started study's folder or name.")
     ],
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let select.metrics name functions of your own modules."),
+    ] = False,
 ) -> None:
     """Run a study to its end, or go on with one that was interrupted."""
     from lora_tune.commands.run import run as run_command
 
-    run_command(study, command=shlex.join(["lora-tune", *sys.argv[1:]]))
+    run_command(study, command=shlex.join(["lora-tune", *sys.argv[1:]]), allow_code=allow_code)
+
+
+@app.command()
+def check(
+    study: Annotated[str, typer.Argument(help="A study file.")],
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="A GPU of the catalogue or a size, instead of the study's memory.gpu."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
+) -> None:
+    """Show the plan of a study: what fits, trials, hours; trains nothing."""
+    from lora_tune.commands.check import check as check_command
+
+    check_command(study, gpu=gpu, as_json=as_json)
 
 
 @app.command()

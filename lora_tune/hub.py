@@ -110,6 +110,29 @@ def find_model(base: str, *, revision: str | None, base_dir: Path) -> ModelFiles
     return _snapshot(base, revision)
 
 
+class TokenizerSource(NamedTuple):
+    """Where transformers finds a tokenizer: a folder or hub id, and the GGUF file in the folder."""
+
+    place: str
+    gguf_file: str | None
+
+
+def find_tokenizer_source(base: str, *, base_dir: Path) -> TokenizerSource:
+    """Return where the tokenizer of ``model.base`` would be; nothing is downloaded or opened."""
+    path = _existing_path(base, base_dir)
+    named = find_catalog_model(base) if "/" not in base else None
+    if path is not None and (named is None or _is_model_folder(path)):
+        is_folder = path.is_dir()
+        return TokenizerSource(
+            str(path if is_folder else path.parent), None if is_folder else path.name
+        )
+    if named is not None and named.model.package is not None:
+        gguf = find_packaged_gguf(named.model.package)
+        if gguf is not None:
+            return TokenizerSource(str(gguf.parent), gguf.name)
+    return TokenizerSource(base if named is None else named.hub_id, None)
+
+
 def _existing_path(base: str, base_dir: Path) -> Path | None:
     if not base:
         return None

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
@@ -26,8 +26,14 @@ from lora_tune.engine.base import DTYPES, BaseModel, load_base_model, read_meta_
 from lora_tune.engine.convert import converted_folder
 from lora_tune.engine.lora import default_group_rank
 from lora_tune.engine.pack import PackSettings
-from lora_tune.engine.probe import Probe, ProbeOptions, mean_length, rising_sizes
-from lora_tune.errors import MachineError, ModelError, StudyFileError, UncoveredModelError
+from lora_tune.engine.probe import (
+    Probe,
+    ProbeOptions,
+    by_product_speed,
+    mean_length,
+    rising_sizes,
+)
+from lora_tune.errors import MachineError, ModelError, UncoveredModelError
 from lora_tune.hub import ModelFiles, find_model
 from lora_tune.memory.fit import resolve_budget
 from lora_tune.memory.request import MemoryRequest
@@ -42,10 +48,13 @@ from lora_tune.records import (
     TargetSet,
     TrialConfig,
 )
+from lora_tune.report.check import forecast_sentence
 from lora_tune.report.probe import probe_sentence
-from lora_tune.search.evaluation import RungCosts
-from lora_tune.search.gate import Gate, resolve_sets
-from lora_tune.search.ladder import planned_steps, rung_steps
+from lora_tune.search.anchors import plan_anchors
+from lora_tune.search.forecast import PlannedStudy, measured_speed, plan_and_forecast
+from lora_tune.search.gate import Gate, check_base_config, resolve_sets
+from lora_tune.search.plan import SplitSizes, budget_hours, most_trials
+from lora_tune.search.space import SearchSpace
 from lora_tune.study.spec import StudySpec
 from lora_tune.trace.estimate import trace_memory
 
@@ -71,6 +80,7 @@ class Inputs(NamedTuple):
     files: ModelFiles
     folder: Path  # config, tokenizer and safetensors of the base
     device: str
+    tokenizer: transformers.PreTrainedTokenizerBase
     data: PreparedData
     shape: ModelShape
     config: Mapping[str, object]  # the base's config.json
@@ -114,7 +124,7 @@ def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> I
         meta = read_meta_model(folder)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f'model.base "{spec.model.base}": {_first_line(error)}') from error
-    _check_config(spec, config)
+    check_base_config(spec, config.to_dict())
     modules, set_notes = resolve_sets(
         spec.space, model_type=config.model_type, linears=[linear.name for linear in meta.linears]
     )
@@ -137,6 +147,7 @@ def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> I
         files=files,
         folder=folder,
         device=device,
+        tokenizer=tokenizer,
         data=data,
         shape=shape,
         config=fields,
@@ -195,6 +206,7 @@ def make_lock(
     command: str,
     study_file: Path,
     note: Note,
+    load_s: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StudyLock:
     """Settle the draft by measurement and return what the whole study will keep to.
@@ -206,19 +218,29 @@ def make_lock(
         command: The command line, for the record.
         study_file: Where the study file is, for the record.
         note: Is told what is measured and decided.
+        load_s: Seconds that reading the inputs and loading the base took, for the forecast.
         clock: Returns seconds.
     """
     spec, data = inputs.spec, inputs.data
-    total_steps = _total_steps(spec, len(data.train))
-    rungs = rung_steps(
-        spec.search.rungs, total_steps=total_steps, min_steps=spec.search.min_rung_steps
+    sizes = SplitSizes(
+        train=len(data.train), selection=len(data.selection), confirmation=len(data.confirmation)
     )
-    plan = _measure(draft, inputs, base, rungs, note, clock)
-    costs, selection_rows = _rung_costs(spec, plan, rungs), len(data.selection)
-    eval_rows = costs.eval_rows(selection_rows, whole_at_last=spec.data.selection_rows is not None)
-    eval_notes = costs.notes(eval_rows, selection_rows)
-    for text in eval_notes:
+    num_anchors = count_anchors(spec, draft.target_sets, num_train=sizes.train)
+    drafted = plan_and_forecast(
+        spec,
+        sizes,
+        num_anchors=num_anchors,
+        gradient_checkpointing=draft.plan.gradient_checkpointing,
+        speed=None,
+    )
+    plan = _measure(draft, inputs, base, drafted, note, clock)
+    begins_s = load_s + plan.probe_s
+    planned = _forecast(spec, plan, data, sizes, num_anchors, load_s=begins_s)
+    for text in planned.notes:
         note(text)
+    if planned.forecast is not None:
+        note(forecast_sentence(planned.forecast))
+    total_steps = planned.plan.total_steps
     return StudyLock(
         name=spec.study.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,14 +250,76 @@ def make_lock(
         spec_sha256=spec_hash(spec),
         model=_identity(inputs, base),
         data=data.fingerprint,
-        notes=(*inputs.notes, *draft.notes, *eval_notes),
+        notes=(*inputs.notes, *draft.notes, *planned.notes),
         versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         hardware=_hardware(inputs.device),
         plan=plan,
-        rungs=rungs,
+        rungs=planned.plan.rungs,
         warmup_steps=min(MOST_WARMUP_STEPS, round(spec.train.warmup_ratio * total_steps)),
         target_sets=draft.target_sets,
-        eval_rows=eval_rows,
+        eval_rows=planned.eval_rows,
+        study_plan=planned.plan,
+        forecast=planned.forecast,
+    )
+
+
+def plan_again(inputs: Inputs, lock: StudyLock) -> StudyLock:
+    """Return the lock of a study that goes on, its trials and its forecast following a changed budget.
+
+    Rungs, splits and speed are those of the first start; a study of an older version, which has no plan,
+    gets one.
+    """
+    sizes = SplitSizes(
+        train=lock.data.num_train,
+        selection=lock.data.num_selection,
+        confirmation=lock.data.num_confirmation,
+    )
+    load_s = lock.forecast.load_s if lock.forecast else lock.plan.probe_s
+    num_anchors = count_anchors(inputs.spec, lock.target_sets, num_train=sizes.train)
+    planned = _forecast(inputs.spec, lock.plan, inputs.data, sizes, num_anchors, load_s=load_s)
+    return replace(lock, study_plan=planned.plan, forecast=planned.forecast)
+
+
+def count_anchors(spec: StudySpec, target_sets: Sequence[TargetSet], *, num_train: int) -> int:
+    """Return how many known configurations the search of a study begins with."""
+    space = SearchSpace(spec.space, target_sets, seed=spec.study.seed)
+    plan = plan_anchors(
+        space,
+        spec.search.anchors,
+        effective_batch_size=spec.train.effective_batch_size,
+        num_train=num_train,
+    )
+    return len(plan.anchors)
+
+
+def confirmation_dtype(spec: StudySpec, device: str) -> str:
+    """Return the type in which the confirmation is evaluated: ``float32``, or ``train`` as lanes train."""
+    if spec.select.compute_dtype != "auto":
+        return spec.select.compute_dtype
+    return "float32" if device == "cpu" else "train"
+
+
+def _forecast(
+    spec: StudySpec,
+    plan: LanePlan,
+    data: PreparedData,
+    sizes: SplitSizes,
+    num_anchors: int,
+    *,
+    load_s: float,
+) -> PlannedStudy:
+    """Return the sizes of the study with what they take at the speed that was measured."""
+    return plan_and_forecast(
+        spec,
+        sizes,
+        num_anchors=num_anchors,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        speed=measured_speed(
+            plan,
+            row_tokens=mean_length(data.train),
+            confirmed_in_float32=confirmation_dtype(spec, plan.device) == "float32",
+            load_s=load_s,
+        ),
     )
 
 
@@ -243,19 +327,19 @@ def _measure(
     draft: Draft,
     inputs: Inputs,
     base: BaseModel,
-    rungs: tuple[int, ...],
+    drafted: PlannedStudy,
     note: Note,
     clock: Callable[[], float],
 ) -> LanePlan:
     """Settle by short readings what the study leaves to measurement; the base is left so."""
     plan = draft.plan
     base.set_gradient_checkpointing(plan.gradient_checkpointing)
-    options = _probe_options(draft, inputs, rungs)
+    options = _probe_options(draft, inputs, drafted, clock)
     settings = pack_settings(inputs.spec, plan)
     config = _largest_config(draft.target_sets)
     probe = Probe(base, inputs.data.train, settings, config, options, clock=clock)
-    if probe.is_needed:
-        note("measuring which plan is fastest, for at most a twentieth of the study's time ...")
+    what = "which plan is fastest" if probe.is_needed else "how fast it trains"
+    note(f"measuring {what}, for at most a twentieth of the study's time ...")
     found = probe.run()
     plan = replace(
         plan,
@@ -275,24 +359,32 @@ def _measure(
     return plan
 
 
-def _probe_options(draft: Draft, inputs: Inputs, rungs: tuple[int, ...]) -> ProbeOptions:
+def _probe_options(
+    draft: Draft, inputs: Inputs, drafted: PlannedStudy, clock: Callable[[], float]
+) -> ProbeOptions:
     """Return what the probe may choose from, and how long the study will be."""
     spec, plan, row_tokens = inputs.spec, draft.plan, mean_length(inputs.data.train)
-    sizes, trials = draft.open_sizes, spec.search.trials
+    sizes, trials = draft.open_sizes, most_trials(spec)
     lanes_are_open = spec.run.lanes == "auto"
     if not lanes_are_open:  # at most the compute type is open, for which a small pass will do
         whole = plan.micro_batch_size
         divisors = [size for size in range(1, whole + 1) if whole % size == 0]
         sizes = rising_sizes(divisors, mean_tokens=row_tokens)[:1]
-    type_is_open = spec.model.compute_dtype == "auto" and inputs.device == "cpu"
-    steps = planned_steps(rungs, cooldown_ratio=spec.train.cooldown_ratio, num_trials=trials)
-    hours = spec.search.max_hours
+    dtypes: tuple[str, ...] = (plan.compute_dtype,)
+    if spec.model.compute_dtype == "auto" and inputs.device == "cpu":
+        dtypes = by_product_speed(_CPU_DTYPES, clock=clock)
+    steps = drafted.plan.search_steps + drafted.plan.confirmation_steps
+    hours = budget_hours(spec)
+    given = (1, sizes[0]) if len(sizes) == 1 else None  # the first reading, taken in any case
+    if not lanes_are_open:
+        given = (plan.lanes, plan.micro_batch_size)
     return ProbeOptions(
         micro_batch_sizes=sizes,
         most_lanes=lambda size: min(trials, draft.most_lanes(size)) if lanes_are_open else 1,
-        compute_dtypes=_CPU_DTYPES if type_is_open else (plan.compute_dtype,),
+        compute_dtypes=dtypes,
         study_tokens=steps * spec.train.effective_batch_size * row_tokens,
         most_study_s=float("inf") if hours is None else 3600 * hours,
+        given=given,
     )
 
 
@@ -306,15 +398,6 @@ def _largest_config(target_sets: tuple[TargetSet, ...]) -> TrialConfig:
         target_set=largest.name,
         target_modules=largest.modules,
         learning_rate=1e-6,
-    )
-
-
-def _rung_costs(spec: StudySpec, plan: LanePlan, rungs: tuple[int, ...]) -> RungCosts:
-    return RungCosts(
-        rungs=rungs,
-        cooldown_ratio=spec.train.cooldown_ratio,
-        effective_batch_size=spec.train.effective_batch_size,
-        gradient_checkpointing=plan.gradient_checkpointing,
     )
 
 
@@ -382,12 +465,6 @@ def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:
 def spec_hash(spec: StudySpec) -> str:
     """Return the SHA-256 of the resolved study file."""
     return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
-
-
-def _total_steps(spec: StudySpec, num_train: int) -> int:
-    if spec.train.max_steps is not None:
-        return spec.train.max_steps
-    return max(1, round(spec.train.epochs * num_train / spec.train.effective_batch_size))
 
 
 def _choose_device(wanted: str) -> str:
@@ -463,23 +540,3 @@ def _gguf(files: ModelFiles) -> Path:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _check_config(spec: StudySpec, config: transformers.PretrainedConfig) -> None:
-    """Refuse what would train wrongly without a word."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f'model.base "{spec.model.base}" is quantized already. Give the unquantized model; '
-            "model.quantization makes it NF4."
-        )
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if any((getattr(config, key, None) or 0) > 1 for key in experts):
-        raise ModelError(
-            f'model.base "{spec.model.base}" is a mixture of experts, which cannot be packed yet.'
-        )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and spec.data.max_length > longest:
-        raise StudyFileError(
-            f"data.max_length is {spec.data.max_length}, but {config.model_type} models of this size "
-            f"have {longest} positions. Write {longest} or less."
-        )

@@ -17,6 +17,7 @@ class TrialState(StrEnum):
     DIVERGED = "diverged"  # loss not finite, or far above where it began
     INFEASIBLE = "infeasible"  # did not fit the memory after all
     FAILED = "failed"  # fault of the machine or a bug; the reason says which
+    CACHED = "cached"  # same effective configuration as an earlier trial: its result is used again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +68,15 @@ class SuggestedParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedRow:
-    """A row as token ids; ``labels`` repeats the ids where loss is taken and is -100 elsewhere."""
+    """A row as token ids; ``labels`` repeats the ids where loss is taken and is -100 elsewhere.
+
+    ``group`` names the conversation or document that the row comes from, as the user's data do;
+    empty: the row stands for itself.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    group: str = ""
 
     @property
     def num_labels(self) -> int:
@@ -132,7 +138,11 @@ class EvalResult:
     @property
     def mean_loss(self) -> float:
         """Nats per target token over the rows evaluated."""
-        return sum(self.loss_sums) / sum(self.label_counts)
+        return self.loss_of_first(len(self.label_counts))
+
+    def loss_of_first(self, rows: int) -> float:
+        """Return nats per target token over the first rows alone."""
+        return sum(self.loss_sums[:rows]) / sum(self.label_counts[:rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +168,24 @@ class LaneJob:
     start_folder: Path | None
     result_folder: Path | None
     eval_rows: int | None = None  # of the split, the first ones; None: all
+    # (step, loss): the lane has diverged when its smoothed training loss is above at that step
+    loss_limits: tuple[tuple[int, float], ...] = ()
+    metrics: tuple[str, ...] = ()  # besides the loss, by generation on the rows of ``eval_split``
+    keep_state: bool = True  # publish the lane's state at ``hold_step`` beside its adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricResult:
+    """A metric beside the loss over the rows of a split; ``reason`` says why it has no values."""
+
+    metric: str
+    values: tuple[float, ...] = ()  # row by row, in the order of the split
+    reason: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the rows, each counted once; None without values."""
+        return sum(self.values) / len(self.values) if self.values else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +202,7 @@ class LaneOutcome:
     num_tokens: int = 0
     peak_bytes: int = 0  # measured: CUDA peak allocated, or resident memory on a CPU
     pack_lanes: int = 1  # most lanes that shared a step with this one
+    metrics: tuple[MetricResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +235,9 @@ class TrialRecord:
     reason: str = ""
     first_loss: float | None = None  # of a trial that ended early: its first training loss
     penalty: float | None = None  # finite value told to Optuna for a diverged or infeasible trial
+    repeats: int | None = (
+        None  # of a cached trial: the earlier one with its effective configuration
+    )
 
     @property
     def best_loss(self) -> float | None:
@@ -217,15 +249,170 @@ class TrialRecord:
         """Optimizer steps at the highest rung reached."""
         return self.rungs[-1].steps if self.rungs else 0
 
+    @property
+    def kept(self) -> RungResult | None:
+        """The evaluated state that counts: of all rungs the one with the lowest loss, the later of equals.
+
+        Compared on the rows that all of its evaluations have in common, so a run that overfits keeps an
+        earlier state. None before the first rung.
+        """
+        if not self.rungs:
+            return None
+        common = min(len(result.evaluation.label_counts) for result in self.rungs)
+        return min(reversed(self.rungs), key=lambda result: result.evaluation.loss_of_first(common))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A configuration that is trained again with fresh seeds: a finalist of the search, or the default."""
+
+    name: str  # "trial 8" or "default"
+    trial: int | None  # of the search, None for a default that the space cannot express
+    config: TrialConfig  # the seeds in it are those of the search
+    steps: int  # optimizer steps of a run
+    predicted_bytes: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmationRun:
+    """One full training of a candidate with a fresh seed, scored on the confirmation split."""
+
+    candidate: str
+    seed: int  # 0, 1, ...: the same number means the same data order, initialisation and dropout
+    state: TrialState  # COMPLETE or why there is no evaluation
+    evaluation: EvalResult | None = None
+    metrics: tuple[MetricResult, ...] = ()
+    reason: str = ""
+    wall_s: float = 0.0
+    num_tokens: int = 0
+    peak_bytes: int = 0
+    pack_lanes: int = 1
+
+
+class Verdict(StrEnum):
+    """What the confirmation says of the best candidate against the default configuration."""
+
+    BETTER = "better"
+    SAME = "not distinguishable"
+    WORSE = "worse"
+    NONE = "no default"  # the default could not be trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A candidate less a reference, nats per target token, paired by row; above 0 it is worse."""
+
+    candidate: str
+    reference: str
+    difference: float
+    standard_error: float  # of rows and seeds together
+    row_error: float  # of rows alone
+    seed_error: float  # of seeds alone; 0 with a single seed, which shows none
+    low: float  # 95 % interval
+    high: float
+    p_value: float  # two-sided, of no difference
+    p_adjusted: float  # Holm over the comparisons made together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateScore:
+    """What a candidate showed over its seeds, and what it costs."""
+
+    candidate: str
+    loss: float  # mean over seeds, nats per target token
+    standard_error: float
+    low: float  # 95 % interval
+    high: float
+    seed_losses: tuple[float, ...]
+    median_seed: (
+        int  # the seed whose loss is in the middle; of two, the lower loss is not preferred
+    )
+    peak_bytes: int  # by the estimate, of a lone lane
+    step_s: float  # seconds an optimizer step; 0 when not known
+    rank: int
+    lora_dropout: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoFront:
+    """Candidates that no other beats in loss, memory and time at once, and three of them by name."""
+
+    members: tuple[str, ...]  # by loss
+    best: str
+    knee: str
+    smallest: str  # within the practical margin of the best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the confirmation decided, and why."""
+
+    scores: tuple[CandidateScore, ...]  # by loss
+    failed: tuple[str, ...]  # candidates of which a run did not come to its end
+    best: str
+    against_best: tuple[Comparison, ...]  # the other candidates less the best, by difference
+    tied: tuple[str, ...]  # with the best, itself included
+    unresolved: tuple[str, ...]  # tied only because the interval is wide
+    chosen: str
+    median_seed: int  # of the chosen candidate: its adapter is shipped
+    default: str | None
+    against_default: (
+        Comparison | None
+    )  # the best (or the best but the default itself) less the default
+    verdict: Verdict
+    practical_margin: float  # relative
+    num_rows: int
+    num_clusters: int
+    seeds: int
+    seed_sd: float | None  # pooled over candidates, of one run's loss; None with a single seed
+    smallest_visible: float  # difference seen with 80 % power at 5 %, nats per target token
+    rows_needed: int | None  # to see the practical margin; None if seeds alone are too noisy for it
+    front: ParetoFront
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confirmation:
-    """The winner and the untuned base on the split that the search never saw."""
+    """Candidates trained again and scored, with the untuned base, on rows that the search never saw."""
 
-    winner: int
-    winner_evaluation: EvalResult
-    base_evaluation: EvalResult
+    candidates: tuple[Candidate, ...]
+    default: str | None  # name of the candidate that is the default configuration
+    seeds: int
+    runs: tuple[ConfirmationRun, ...] = ()
+    base_evaluation: EvalResult | None = None
     base_selection_loss: float | None = None
+    base_metrics: tuple[MetricResult, ...] = ()
+    clusters: tuple[int, ...] = ()  # of each row; empty: every row is its own
+    decision: Decision | None = None  # None until all has been run
+    refit: bool = False  # the adapter was trained once more on all rows, and was not scored
+
+    def candidate(self, name: str) -> Candidate:
+        """Return the candidate of this name."""
+        return next(candidate for candidate in self.candidates if candidate.name == name)
+
+    def runs_of(self, name: str) -> tuple[ConfirmationRun, ...]:
+        """Return the runs of a candidate, by seed."""
+        found = (run for run in self.runs if run.candidate == name)
+        return tuple(sorted(found, key=lambda run: run.seed))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Seconds that a study will take, made before its first trial; nothing ends early in it."""
+
+    tokens_per_s: float  # of a full pack; measured by the probe, or from the GPU's data sheet
+    measured: bool
+    search_steps: int  # optimizer steps of all trials and rungs
+    confirmation_steps: int
+    search_s: float
+    evaluation_s: float
+    confirmation_s: float  # with its evaluation
+    load_s: float  # until the first step: base, probe
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.load_s + self.search_s + self.evaluation_s + self.confirmation_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +490,24 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StudyPlan:
+    """How many trials, rungs, seeds and rows a study has: a function of its data, steps and budget."""
+
+    num_train: int
+    num_selection: int
+    num_confirmation: int
+    total_steps: int  # optimizer steps of a full run
+    rungs: tuple[int, ...]  # steps at the end of each; one: too small for halving
+    num_trials: int
+    finalists: int  # most, the default not counted in
+    seeds: int  # of the confirmation
+    search_steps: int  # of all trials and rungs
+    confirmation_steps: int
+    anchors_only: bool = False  # too few steps for halving: only the anchors are tried
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyLock:
     """What the first start resolved; written once to ``study.lock.json``."""
 
@@ -323,6 +528,8 @@ class StudyLock:
     target_sets: tuple[TargetSet, ...]
     # selection rows used at each rung, the first ones; empty in a study of an older version: all
     eval_rows: tuple[int, ...] = ()
+    study_plan: StudyPlan | None = None  # None in a study of an older version
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,3 +629,6 @@ class ProgressState:
     budget_bytes: int
     elapsed_s: float
     left_s: float | None
+    runs_done: int = 0  # of the confirmation; 0 and 0 before it
+    runs_total: int = 0
+    names: tuple[tuple[int, str], ...] = ()  # of jobs that are no trials: number, "trial 8 seed 1"

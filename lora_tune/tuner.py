@@ -5,55 +5,54 @@ The same command begins a study, goes on with one that was interrupted, and leav
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from lora_tune.assembly import make_executor, make_ladder, make_stage, pack_plan_of
+from lora_tune.data import row_clusters
 from lora_tune.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lora_tune.engine.base import BaseModel, quiet_transformers
 from lora_tune.engine.memory_reading import MemoryMeter, open_meter
-from lora_tune.engine.pack import TrialPack
-from lora_tune.errors import AllTrialsFailedError, DataError, StudyFileError
+from lora_tune.errors import DataError, StoreError, StudyFileError
 from lora_tune.executors.in_process import InProcessExecutor
 from lora_tune.executors.interface import Executor
-from lora_tune.files import publish_folder, write_text
+from lora_tune.executors.scorer import check_prompts
+from lora_tune.files import is_complete, publish_folder, write_text
+from lora_tune.metrics import Metric, resolve_metrics
 from lora_tune.planning import (
     Inputs,
     draft_plan,
     load_base,
     make_gate,
     make_lock,
-    pack_settings,
+    plan_again,
     read_inputs,
     spec_hash,
 )
 from lora_tune.records import (
-    Confirmation,
     LaneJob,
+    LaneOutcome,
+    LaneReading,
     ProgressState,
     StudyLock,
     StudySnapshot,
     TrialConfig,
-    TrialRecord,
     TrialState,
 )
 from lora_tune.report import model_card, write_reports
-from lora_tune.search.anchors import make_anchors
 from lora_tune.search.calibrator import Calibrator
-from lora_tune.search.gate import Gate, PackPlan
-from lora_tune.search.ladder import Ladder, LadderPlan
-from lora_tune.search.proposals import Proposer
-from lora_tune.search.space import SearchSpace
-from lora_tune.store.database import open_optuna_study
-from lora_tune.store.folder import DATABASE, STUDY_FILE, StudyFolder
+from lora_tune.search.confirmation import ConfirmationStage
+from lora_tune.search.ladder import Ladder, num_counted
+from lora_tune.stats.evaluation_power import evaluation_power
+from lora_tune.store.folder import CONFIRMATION_FILE, STUDY_FILE, StudyFolder
 from lora_tune.study.spec import StudySpec
 from lora_tune.units import format_bytes
 
-BASE_TRIAL = -1  # the untuned base, where a trial's number is asked for
 ADAPTER_FOLDER = "adapter"
 # Keys that may change between runs of one study: a budget is a total.
-CHANGEABLE = (("search", "trials"), ("search", "max_hours"))
+CHANGEABLE = (("search", "trials"), ("search", "max_hours"), ("search", "max_gpu_hours"))
 
 
 class View(Protocol):
@@ -75,6 +74,7 @@ def run_study(
     command: str,
     view: View,
     meter_of: Callable[[str], MemoryMeter] = open_meter,
+    allow_code: bool = False,
 ) -> StudySnapshot:
     """Run a study to its end, or go on with one; return what its folder then holds.
 
@@ -84,6 +84,7 @@ def run_study(
         command: The command line that runs it, for the record.
         view: Is told how it goes.
         meter_of: Opens the meter of a device, before the base is loaded.
+        allow_code: Whether metrics may be functions of the user's own modules.
 
     Raises:
         LoraTuneError: With one message; nothing of the study is lost.
@@ -94,17 +95,21 @@ def run_study(
     lock = store.load_lock()
     if lock is not None:
         _check_unchanged(spec, lock)
+    metrics = resolve_metrics(
+        spec.select.metrics, allow_code=allow_code, base_dir=study_file.parent
+    )
     inputs = read_inputs(spec, base_dir=study_file.parent, lock=lock)
+    if metrics:
+        check_prompts(inputs.data.confirmation)
     for note in inputs.notes:
         view.note(note)
     with store.owned():
         lock = store.load_lock()
         if lock is not None:
             _check_same_rows(inputs, lock)
-            if _is_finished(store, spec):
+            lock = _with_budget(inputs, lock)
+            if _is_finished(store, lock):
                 return store.snapshot()
-            # a raised budget belongs to the record
-            lock = replace(lock, spec=spec.model_dump(mode="json"), spec_sha256=spec_hash(spec))
             store.save_lock(lock)
         meter, draft = meter_of(inputs.device), None
         if lock is None:
@@ -120,198 +125,178 @@ def run_study(
         if lock is None:
             assert draft is not None
             lock = make_lock(
-                inputs, base, draft, command=command, study_file=study_file, note=view.note
+                inputs,
+                base,
+                draft,
+                command=command,
+                study_file=study_file,
+                note=view.note,
+                load_s=elapsed(),
             )
             store.save_lock(lock)
             write_text(store.path / STUDY_FILE, study_file.read_text(encoding="utf-8"))
         _note_less_memory(meter, lock, view)
         try:
-            _search_and_confirm(inputs, lock, base, store, meter, elapsed, view)
+            _search_and_confirm(
+                _Study(
+                    inputs=inputs,
+                    lock=lock,
+                    base=base,
+                    store=store,
+                    meter=meter,
+                    metrics=metrics,
+                    elapsed=elapsed,
+                    view=view,
+                )
+            )
         finally:
             store.save_runtime(elapsed())
             write_reports(store.snapshot())
         return store.snapshot()
 
 
-def _search_and_confirm(
-    inputs: Inputs,
-    lock: StudyLock,
-    base: BaseModel,
-    store: StudyFolder,
-    meter: MemoryMeter,
-    elapsed: Callable[[], float],
-    view: View,
-) -> None:
-    spec, plan = inputs.spec, lock.plan
-    base.set_gradient_checkpointing(plan.gradient_checkpointing)
-    executor = InProcessExecutor(
-        TrialPack(base, inputs.data.train, pack_settings(spec, plan)),
-        {"selection": inputs.data.selection, "confirmation": inputs.data.confirmation},
-        lanes=plan.lanes,
-        base_model=inputs.files.hub_id or str(inputs.folder),
-        meter=meter,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Study:
+    """A study that has been begun: what its stages have in common."""
+
+    inputs: Inputs
+    lock: StudyLock
+    base: BaseModel
+    store: StudyFolder
+    meter: MemoryMeter
+    metrics: Mapping[str, Metric]
+    elapsed: Callable[[], float]
+    view: View
+
+
+def _search_and_confirm(study: _Study) -> None:
+    inputs, lock, store, view = study.inputs, study.lock, study.store, study.view
+    plan = lock.plan
+    study.base.set_gradient_checkpointing(plan.gradient_checkpointing)
+    executor = make_executor(
+        inputs, lock, study.base, study.meter, inputs.data.train, study.metrics
     )
     gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, group_rank=plan.group_rank)
-    ladder = _make_ladder(inputs, lock, store, gate, elapsed)
+    ladder = make_ladder(inputs, lock, store, gate, study.elapsed, note=view.note)
+    progress = _Progress(study, ladder, executor)
+    executor.on_step = progress.show
     calibrator = Calibrator(
-        gate,
-        _pack_plan(lock),
-        lock,
-        log=store.load_memory(),
-        config_of=lambda trial: ladder.records[trial].config,
+        gate, pack_plan_of(lock), lock, log=store.load_memory(), config_of=progress.config_of
     )
     executor.max_lanes = calibrator.lanes
-    progress = _Progress(ladder, executor, lock, elapsed, view)
-    executor.on_step = progress.show
 
     def told() -> None:
         if peaks := executor.take_pack_peaks():
-            if note := calibrator.add(peaks):
-                view.note(note)
+            if text := calibrator.add(peaks):
+                view.note(text)
             store.save_memory(calibrator.log)
             executor.max_lanes = min(executor.max_lanes, calibrator.lanes)
         progress.show()
 
-    search(ladder, executor, told=told)
-    winner = ladder.select_winner(practical_margin=spec.select.practical_margin)
-    confirmation = store.load_confirmation()
-    if confirmation is None or confirmation.winner != winner.number:
-        progress.phase = "confirmation"
-        progress.show()
-        confirmation = confirm(winner, executor, lock, store, dtype=_confirmation_dtype(inputs))
-        store.save_confirmation(confirmation)
-    store.save_runtime(elapsed())
-    _publish_adapter(store, winner, lock)
+    train(ladder, executor, told=told)
+    _note_power(study, ladder)
+    progress.stage = stage = make_stage(inputs, lock, store, gate, ladder, note=view.note)
+    train(stage, executor, told=told)
+    store.save_runtime(study.elapsed())
+    if inputs.spec.select.refit == "all-rows" and not stage.confirmation.refit:
+        _refit(study, stage)
+    _publish_adapter(study, stage)
 
 
-def _is_finished(store: StudyFolder, spec: StudySpec) -> bool:
-    """Return whether there is nothing left to do: all trials ended, the winner confirmed and published."""
-    trials = store.load_trials()
-    return (
-        store.load_confirmation() is not None
-        and (store.path / ADAPTER_FOLDER / WEIGHTS_FILE).is_file()
-        and len(trials) >= spec.search.trials
-        and all(trial.state is not TrialState.RUNNING for trial in trials)
-    )
+class _Source(Protocol):
+    """What asks for jobs: the ladder, then the confirmation."""
+
+    def next_jobs(self, count: int) -> list[LaneJob]:
+        """Return up to ``count`` jobs to do now."""
+        ...
+
+    def take(self, outcome: LaneOutcome) -> object:
+        """Record how a job ended."""
+        ...
 
 
-def search(ladder: Ladder, executor: Executor, *, told: Callable[[], None]) -> None:
-    """Train what the ladder asks for until it asks for nothing more."""
+def train(source: _Source, executor: Executor, *, told: Callable[[], None]) -> None:
+    """Train what is asked for until nothing more is."""
     while True:
-        for job in ladder.next_jobs(executor.free_slots):
+        for job in source.next_jobs(executor.free_slots):
             executor.submit(job)
         if not executor.busy:
             return
         for outcome in executor.wait():
-            ladder.take(outcome)
+            source.take(outcome)
         told()
 
 
-def confirm(
-    winner: TrialRecord, executor: Executor, lock: StudyLock, store: StudyFolder, *, dtype: str
-) -> Confirmation:
-    """Score the winner and the untuned base on the split that the search never saw.
-
-    Raises:
-        AllTrialsFailedError: A score is not finite.
-    """
-    steps, rung = winner.steps, len(lock.rungs) - 1
-    adapter = LaneJob(
-        trial=winner.number,
-        rung=rung,
-        config=winner.config,
-        start_step=steps,
-        hold_step=steps,
-        end_step=steps,
-        warmup_steps=0,
-        eval_split="confirmation",
-        eval_dtype=dtype,
-        start_folder=store.trial_folder(winner.number) / f"rung-{rung}",
-        result_folder=None,
-    )
-    untuned = replace(adapter, trial=BASE_TRIAL, config=None, start_folder=None)
-    seen = len(winner.rungs[-1].evaluation.label_counts)  # selection rows behind the winner's loss
-    selection = replace(untuned, eval_split="selection", eval_dtype="train", eval_rows=seen)
-    jobs = [adapter, untuned, selection]
-    results = []
-    for job in jobs:  # one by one: they must fit wherever a single lane does
-        executor.submit(job)
-        [outcome] = executor.wait()
-        if outcome.evaluation is None:
-            raise AllTrialsFailedError(f"confirmation of trial {winner.number}: {outcome.reason}")
-        results.append(outcome.evaluation)
-    return Confirmation(
-        winner=winner.number,
-        winner_evaluation=results[0],
-        base_evaluation=results[1],
-        base_selection_loss=results[2].mean_loss,
+def _is_finished(store: StudyFolder, lock: StudyLock) -> bool:
+    """Return whether nothing is left to do: all trials ended, the winner confirmed and published."""
+    trials, confirmation = store.load_trials(), store.load_confirmation()
+    return (
+        confirmation is not None
+        and confirmation.decision is not None
+        and (store.path / ADAPTER_FOLDER / WEIGHTS_FILE).is_file()
+        and lock.study_plan is not None
+        and num_counted(trials) >= lock.study_plan.num_trials
+        and all(trial.state is not TrialState.RUNNING for trial in trials)
     )
 
 
-def _pack_plan(lock: StudyLock) -> PackPlan:
-    return PackPlan(
-        micro_batch_size=lock.plan.micro_batch_size,
-        gradient_checkpointing=lock.plan.gradient_checkpointing,
-        most_lanes=lock.plan.lanes,
+def _note_power(study: _Study, ladder: Ladder) -> None:
+    """Say how fine a difference the first rung's rows could tell, as measured on its trials."""
+    scored = [
+        record.rungs[0].evaluation
+        for record in ladder.records.values()
+        if record.rungs and record.state is not TrialState.CACHED
+    ]
+    if not scored:
+        return
+    margin, loss = study.inputs.spec.select.practical_margin, min(e.mean_loss for e in scored)
+    power = evaluation_power(
+        scored, wanted=margin * loss, clusters=row_clusters(study.inputs.data.selection)
     )
+    if power is None:
+        return
+    text = (
+        f"the {power.num_rows} selection rows of rung 0 tell trials apart that differ by "
+        f"{power.smallest_visible:.3f} nats per token ({power.smallest_visible / loss:.1%}) or more"
+    )
+    needed = f"; for the practical margin of {margin:.1%} it would take {power.rows_needed:,}."
+    study.view.note(text + (needed if margin > 0 else "."))
 
 
-def _make_ladder(
-    inputs: Inputs, lock: StudyLock, store: StudyFolder, gate: Gate, elapsed: Callable[[], float]
-) -> Ladder:
-    spec, plan = inputs.spec, lock.plan
-    space = SearchSpace(spec.space, lock.target_sets, seed=spec.study.seed)
-    anchors = []
-    if spec.search.anchors:
-        anchors = make_anchors(
-            space,
-            effective_batch_size=spec.train.effective_batch_size,
-            num_train=len(inputs.data.train),
+def _refit(study: _Study, stage: ConfirmationStage) -> None:
+    """Train the chosen configuration once more, on the rows of all three splits."""
+    inputs, data = study.inputs, study.inputs.data
+    rows = (*data.train, *data.selection, *data.confirmation)
+    steps = stage.chosen.steps
+    if inputs.spec.train.max_steps is None:  # as many passes over the rows as before
+        steps = round(steps * len(rows) / len(data.train))
+    study.view.note(
+        f"training {stage.chosen.name} once more on all {len(rows)} rows, {steps} steps."
+    )
+    executor = make_executor(inputs, study.lock, study.base, study.meter, rows, study.metrics)
+    executor.submit(stage.refit_job(steps=steps))
+    [outcome] = executor.wait()
+    if outcome.evaluation is None:
+        study.view.note(
+            f"it did not come to its end ({outcome.reason}): the scored adapter is kept."
         )
-    records = store.load_trials()
-    proposer = Proposer(
-        open_optuna_study(store.path / DATABASE, name=lock.name, num_records=len(records)),
-        space,
-        anchors[: spec.search.trials],
-        sampler=spec.search.sampler,
-        startup_trials=spec.search.startup_trials,
-        seed=spec.study.seed,
-    )
-
-    def predict(config: TrialConfig) -> tuple[int, int]:
-        return gate.predict(config, _pack_plan(lock), lanes=plan.lanes)
-
-    def out_of_time() -> bool:
-        hours = spec.search.max_hours
-        return hours is not None and elapsed() > 3600 * hours
-
-    return Ladder(
-        LadderPlan(
-            num_trials=spec.search.trials,
-            rungs=lock.rungs,
-            warmup_steps=lock.warmup_steps,
-            cooldown_ratio=spec.train.cooldown_ratio,
-            window=plan.lanes,
-            budget_bytes=plan.budget_bytes,
-            eval_rows=lock.eval_rows,
-        ),
-        space,
-        proposer,
-        records=records,
-        save=store.save_trial,
-        predict=predict,
-        trial_folder=store.trial_folder,
-        out_of_time=out_of_time,
-    )
+        return
+    stage.mark_refit()
 
 
-def _publish_adapter(store: StudyFolder, winner: TrialRecord, lock: StudyLock) -> None:
-    """Put the winner's adapter and its model card into the study's ``adapter`` folder."""
-    trained = store.trial_folder(winner.number) / f"rung-{len(lock.rungs) - 1}"
-    card = model_card(store.snapshot(), base_model=lock.model.hub_id)
+def _publish_adapter(study: _Study, stage: ConfirmationStage) -> None:
+    """Put the recommended adapter and its model card into the study's ``adapter`` folder."""
+    store = study.store
+    if not is_complete(stage.chosen_folder):
+        raise StoreError(
+            f"{stage.chosen_folder}: missing or damaged (its files do not match manifest.json), so the "
+            f"adapter cannot be published. Bring the folder back, or delete {store.path / CONFIRMATION_FILE} "
+            "and run the same command again: the finalists are trained once more."
+        )
+    card = model_card(store.snapshot(), base_model=study.lock.model.hub_id)
     with publish_folder(store.path / ADAPTER_FOLDER) as folder:
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            shutil.copyfile(trained / name, folder / name)
+            shutil.copyfile(stage.chosen_folder / name, folder / name)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -327,14 +312,16 @@ def _note_less_memory(meter: MemoryMeter, lock: StudyLock, view: View) -> None:
 def _check_unchanged(spec: StudySpec, lock: StudyLock) -> None:
     """Refuse to go on with other settings than the study began with."""
     before, now = _flat(lock.spec), _flat(spec.model_dump(mode="json"))
-    changed = [key for key in now if now[key] != before.get(key) and key not in CHANGEABLE]
+    changed = [
+        key for key in now if now[key] != before.get(key, now[key]) and key not in CHANGEABLE
+    ]
     if changed:
         lines = [f"  {'.'.join(k)}: was {before.get(k)!r}, is {now[k]!r}" for k in changed]
         raise StudyFileError(
             f"the study file differs from the one that {lock.name} began with:\n"
             + "\n".join(lines)
-            + "\nOnly search.trials and search.max_hours may change. Change it back, or give the study "
-            "another name (study.name)."
+            + "\nOnly search.trials, search.max_hours and search.max_gpu_hours may change. Change it back, "
+            "or give the study another name (study.name)."
         )
 
 
@@ -346,6 +333,13 @@ def _check_same_rows(inputs: Inputs, lock: StudyLock) -> None:
         )
 
 
+def _with_budget(inputs: Inputs, lock: StudyLock) -> StudyLock:
+    """Return the lock with a budget that may have changed, which belongs to the record."""
+    spec = inputs.spec
+    lock = replace(lock, spec=spec.model_dump(mode="json"), spec_sha256=spec_hash(spec))
+    return plan_again(inputs, lock)
+
+
 def _flat(values: dict[str, object]) -> dict[tuple[str, str], object]:
     return {
         (section, key): value
@@ -355,29 +349,20 @@ def _flat(values: dict[str, object]) -> dict[tuple[str, str], object]:
     }
 
 
-def _confirmation_dtype(inputs: Inputs) -> str:
-    wanted = inputs.spec.select.compute_dtype
-    if wanted == "auto":
-        return "float32" if inputs.device == "cpu" else "train"
-    return wanted
-
-
 class _Progress:
     """Gathers what the live view shows."""
 
-    def __init__(
-        self,
-        ladder: Ladder,
-        executor: InProcessExecutor,
-        lock: StudyLock,
-        elapsed: Callable[[], float],
-        view: View,
-    ) -> None:
-        self.ladder, self.executor, self.lock = ladder, executor, lock
-        self.elapsed, self.view = elapsed, view
-        self.phase = "search"
-        self.began_s = elapsed()
-        self.work_before = ladder.finished_steps()
+    def __init__(self, study: _Study, ladder: Ladder, executor: InProcessExecutor) -> None:
+        self.study, self.ladder, self.executor = study, ladder, executor
+        self.stage: ConfirmationStage | None = None  # None while the search goes on
+        self.began_s = study.elapsed()
+        self.steps_before: float | None = None
+
+    def config_of(self, trial: int) -> TrialConfig:
+        """Return what a lane trains, by the number of its job."""
+        if self.stage is not None and trial < 0:
+            return self.stage.config_of(trial)
+        return self.ladder.records[trial].config
 
     def show(self) -> None:
         """Tell the view where the study is."""
@@ -385,14 +370,11 @@ class _Progress:
         for record in self.ladder.records.values():
             states[str(record.state)] = states.get(str(record.state), 0) + 1
         best = self.ladder.best
-        spent = self.elapsed() - self.began_s
+        spent = self.study.elapsed() - self.began_s
         lanes = self.executor.readings()
-        running = sum(max(0, lane.step - self.ladder.start_step(lane.rung)) for lane in lanes)
-        done = self.ladder.finished_steps() + running - self.work_before
-        left = self.ladder.planned_steps() - self.ladder.finished_steps() - running
-        self.view.update(
+        self.study.view.update(
             ProgressState(
-                phase=self.phase if not lanes else f"rung {max(lane.rung for lane in lanes)}",
+                phase=self._phase(lanes),
                 trials_done=sum(1 for r in self.ladder.records.values() if r.rungs or r.reason),
                 trials_total=self.ladder.plan.num_trials,
                 states=states,
@@ -401,8 +383,37 @@ class _Progress:
                 best_loss=best.best_loss if best else None,
                 tokens_per_s=self.executor.num_tokens / spent if spent else 0.0,
                 memory_bytes=self.executor.meter.in_use(),
-                budget_bytes=self.lock.plan.budget_bytes,
-                elapsed_s=self.elapsed(),
-                left_s=spent / done * max(0, left) if done > 0 else None,
+                budget_bytes=self.study.lock.plan.budget_bytes,
+                elapsed_s=self.study.elapsed(),
+                left_s=self._left_s(lanes, spent),
+                runs_done=len(self.stage.confirmation.runs) if self.stage is not None else 0,
+                runs_total=self.stage.num_runs if self.stage is not None else 0,
+                names=self._names(lanes),
             )
         )
+
+    def _names(self, lanes: tuple[LaneReading, ...]) -> tuple[tuple[int, str], ...]:
+        if self.stage is None:
+            return ()
+        return tuple((lane.trial, self.stage.name_of(lane.trial)) for lane in lanes)
+
+    def _phase(self, lanes: tuple[LaneReading, ...]) -> str:
+        if self.stage is not None:
+            return "confirmation"
+        return f"rung {max(lane.rung for lane in lanes)}" if lanes else "search"
+
+    def _left_s(self, lanes: tuple[LaneReading, ...], spent: float) -> float | None:
+        """Return the seconds left if optimizer steps go on as fast as those of this run so far."""
+        finished, planned = self.ladder.finished_steps(), self.ladder.planned_steps()
+        if self.stage is not None:
+            planned = finished + self.stage.planned_steps()
+            finished += self.stage.finished_steps()
+            running = sum(lane.step for lane in lanes)
+        else:
+            sizes = self.study.lock.study_plan
+            planned += sizes.confirmation_steps if sizes is not None else 0
+            running = sum(max(0, lane.step - self.ladder.start_step(lane.rung)) for lane in lanes)
+        if self.steps_before is None:
+            self.steps_before = finished
+        done = finished + running - self.steps_before
+        return spent / done * max(0, planned - finished - running) if done > 0 else None

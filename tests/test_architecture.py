@@ -27,7 +27,9 @@ FLOORS = {
     "hub": 1.0,
     "records": 2.0,
     "study": 2.0,
+    "metrics": 2.5,
     "memory": 3.0,
+    "stats": 3.0,
     "data": 4.0,
     "engine": 4.0,
     "search": 4.0,
@@ -36,6 +38,7 @@ FLOORS = {
     "report": 5.0,
     "trace": 5.0,
     "planning": 6.0,
+    "assembly": 6.5,
     "tuner": 7.0,
     "verification": 7.0,
     "commands": 8.0,
@@ -51,6 +54,8 @@ WALLS = {
     "verification": {"optuna", "sqlalchemy"},
     "search": TENSORS,
     "memory": TENSORS | {"optuna"},
+    "metrics": TENSORS | {"optuna"},
+    "stats": TENSORS | {"optuna", "pandas"},
     "report": TENSORS | {"optuna"},
     "store": TENSORS,
     "study": TENSORS | {"optuna"},
@@ -194,7 +199,9 @@ def test_a_report_is_made_without_anything_heavy(tmp_path: Path) -> None:
 def write_study(folder: Path) -> Path:
     """Write the folder of a finished study of one trial."""
     from lora_tune.records import (
+        Candidate,
         Confirmation,
+        ConfirmationRun,
         DataFingerprint,
         EvalResult,
         LanePlan,
@@ -206,6 +213,7 @@ def write_study(folder: Path) -> Path:
         TrialRecord,
         TrialState,
     )
+    from lora_tune.stats.selection import CandidateRuns, decide
     from lora_tune.store.folder import StudyFolder
     from lora_tune.study.loader import validate_study
 
@@ -307,12 +315,43 @@ def write_study(folder: Path) -> Path:
     store = StudyFolder(folder)
     store.save_lock(lock)
     store.save_trial(record)
+    candidate = Candidate(
+        name="trial 0",
+        trial=0,
+        config=record.config,
+        steps=10,
+        predicted_bytes=2**30,
+        trainable_parameters=4096,
+    )
+    runs = [
+        ConfirmationRun(
+            candidate="trial 0", seed=seed, state=TrialState.COMPLETE, evaluation=confirmed
+        )
+        for seed in range(2)
+    ]
+    decision = decide(
+        [
+            CandidateRuns(
+                name="trial 0",
+                evaluations=(confirmed, confirmed),
+                peak_bytes=2**30,
+                step_s=0.5,
+                rank=8,
+                lora_dropout=0.0,
+            )
+        ],
+        default=None,
+        practical_margin=0.005,
+    )
     store.save_confirmation(
         Confirmation(
-            winner=0,
-            winner_evaluation=confirmed,
+            candidates=(candidate,),
+            default=None,
+            seeds=2,
+            runs=tuple(runs),
             base_evaluation=replace(confirmed, loss_sums=(7.0, 9.5, 4.0)),
             base_selection_loss=2.3,
+            decision=decision,
         )
     )
     return folder

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lora_tune.catalog.models import find_packaged_gguf
-from lora_tune.records import StudySnapshot
+from lora_tune.records import StudySnapshot, Verdict
 from lora_tune.store.folder import StudyFolder
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -50,6 +50,8 @@ trials = 8
 startup_trials = 4
 rungs = [0.5, 1.0]
 min_rung_steps = 6
+[select]
+seeds = 2
 [run]
 lanes = 2
 device = "cpu"
@@ -149,11 +151,18 @@ def test_a_study_leaves_a_better_adapter_and_a_report(finished):
     assert max(rung.pack_lanes for trial in snapshot.trials for rung in trial.rungs) == 2
     confirmation = snapshot.confirmation
     assert confirmation is not None
-    assert confirmation.winner_evaluation.mean_loss < confirmation.base_evaluation.mean_loss
+    decision = confirmation.decision
+    assert decision is not None
+    assert confirmation.base_evaluation is not None
+    chosen = next(score for score in decision.scores if score.candidate == decision.chosen)
+    assert chosen.loss < confirmation.base_evaluation.mean_loss
+    assert decision.default == "default"  # the space has no q,v set
+    assert decision.verdict is Verdict.BETTER
+    assert len({run.seed for run in confirmation.runs}) == 2
     folder = finished / "reports" / "nf4"
     for name in ("report.md", "report.json", "trials.csv", "study.toml", "adapter/README.md"):
         assert (folder / name).stat().st_size > 0
-    assert f"trial {confirmation.winner}" in (folder / "report.md").read_text()
+    assert decision.chosen in (folder / "report.md").read_text()
 
 
 def test_the_report_command_makes_the_same_report_again(finished):
@@ -223,7 +232,11 @@ def test_the_adapter_gives_the_reported_loss_in_a_fresh_process(finished, tmp_pa
     found = loss_by_peft(
         finished / "model", finished / "reports/nf4/adapter", finished / "nf4.toml", tmp_path
     )
-    assert found == pytest.approx(confirmation.winner_evaluation.mean_loss, rel=1e-4)
+    decision = confirmation.decision
+    assert decision is not None
+    shipped = confirmation.runs_of(decision.chosen)[decision.median_seed].evaluation
+    assert shipped is not None
+    assert found == pytest.approx(shipped.mean_loss, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_study(workplace, finished, tmp_path):
@@ -296,20 +309,20 @@ def test_a_raised_number_of_trials_is_a_total_and_enters_the_record(workplace, f
     assert more.confirmation is not None
 
 
-def test_a_damaged_adapter_of_a_trial_is_refused_by_name(workplace, finished, tmp_path):
+def test_a_damaged_adapter_of_a_run_is_refused_by_name(workplace, finished, tmp_path):
     import shutil
 
     folder = copy_of(workplace, tmp_path / "damaged")
     shutil.copytree(finished / "reports", folder / "reports")
     reports = folder / "reports/nf4"
-    (reports / "confirmation.json").unlink()
-    for path in reports.glob("trials/*/rung-1/adapter_model.safetensors"):
+    shutil.rmtree(reports / "adapter")
+    for path in reports.glob("confirmation/*/adapter_model.safetensors"):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(bytes(content))
     done = lora_tune("run", "nf4.toml", cwd=folder)
     assert done.returncode == 4, done.stderr
-    assert "rung-1: missing or damaged" in done.stderr
+    assert "missing or damaged" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -451,4 +464,8 @@ def test_smollm2_learns_in_a_small_study_on_real_text(tmp_path):
         tmp_path / "small.toml",
         tmp_path,
     )
-    assert found == pytest.approx(confirmation.winner_evaluation.mean_loss, rel=1e-4)
+    decision = confirmation.decision
+    assert decision is not None
+    shipped = confirmation.runs_of(decision.chosen)[decision.median_seed].evaluation
+    assert shipped is not None
+    assert found == pytest.approx(shipped.mean_loss, rel=1e-4)

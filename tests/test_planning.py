@@ -14,8 +14,9 @@ from test_end_to_end import STUDY, WORDS, copy_of
 from test_end_to_end import workplace as workplace  # the fixture
 
 from lora_tune.engine.base import BaseModel
-from lora_tune.planning import draft_plan, load_base, make_lock, read_inputs
+from lora_tune.planning import draft_plan, load_base, make_lock, plan_again, read_inputs
 from lora_tune.records import ProgressState, StudyLock
+from lora_tune.report.check import forecast_sentence
 from lora_tune.report.probe import probe_sentence
 from lora_tune.store.folder import StudyFolder
 from lora_tune.study.loader import load_study
@@ -102,18 +103,57 @@ def test_the_probe_of_a_short_study_is_cut_and_says_so(plan_with) -> None:
     assert any("cut short" in note for note in notes)
 
 
-def test_given_lanes_and_compute_type_leave_nothing_to_measure(plan_with) -> None:
+def test_given_lanes_and_compute_type_are_measured_for_the_forecast_alone(plan_with) -> None:
     lock, _, notes = plan_with({})
     assert (lock.plan.lanes, lock.plan.micro_batch_size) == (2, 4)
-    assert (lock.plan.probe_readings, lock.plan.probe_s, lock.plan.probe_cut) == ((), 0.0, False)
-    assert not any("measuring" in note for note in notes)
+    assert [(r.lanes, r.micro_batch_size) for r in lock.plan.probe_readings] == [(1, 4), (2, 4)]
+    assert not lock.plan.probe_cut
+    assert notes[0].startswith("measuring how fast it trains, for at most a twentieth")
+
+
+def test_the_forecast_is_made_from_the_readings_and_said(plan_with) -> None:
+    lock, _, notes = plan_with({})
+    assert lock.study_plan is not None
+    assert lock.forecast is not None
+    # 8 trials of 6 steps, then 2 from step 5 to 12; one finalist and the default with two seeds
+    assert (lock.study_plan.rungs, lock.study_plan.search_steps) == ((6, 12), 8 * 6 + 2 * 7)
+    assert (lock.study_plan.finalists, lock.study_plan.seeds) == (2, 2)  # both were asked for
+    assert lock.study_plan.confirmation_steps == 3 * 2 * 12
+    full = lock.plan.probe_readings[-1]
+    assert lock.forecast.tokens_per_s == full.tokens_per_s
+    step_s = 4 * lock.data.num_train_tokens / lock.data.num_train / full.tokens_per_s
+    assert lock.forecast.search_s == pytest.approx(62 * step_s)
+    assert lock.forecast.load_s == pytest.approx(lock.plan.probe_s)
+    assert forecast_sentence(lock.forecast) in notes
+
+
+def test_a_raised_budget_is_planned_again_at_the_same_speed(
+    workplace: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(workplace, tmp_path / "planned")
+    lock, _, _ = lock_of(folder, {})
+    text = STUDY.format(quantization="none")
+    file = folder / "planned.toml"
+    same = read_inputs(load_study(file), base_dir=folder, lock=lock)
+    assert plan_again(same, lock) == lock
+    file.write_text(text.replace("trials = 8", "trials = 16"))
+    more = plan_again(read_inputs(load_study(file), base_dir=folder, lock=lock), lock)
+    assert more.study_plan is not None
+    assert (more.study_plan.num_trials, more.study_plan.rungs) == (16, lock.rungs)
+    assert more.forecast is not None
+    assert lock.forecast is not None
+    assert more.forecast.search_s > 1.5 * lock.forecast.search_s
+    assert replace(more, study_plan=lock.study_plan, forecast=lock.forecast) == lock
+    older = replace(lock, study_plan=None, forecast=None)
+    assert plan_again(same, older).study_plan == lock.study_plan
 
 
 def test_given_lanes_leave_the_compute_type_to_measure(plan_with) -> None:
     lock, _, _ = plan_with({**AUTO, "lanes = 2": "lanes = 2", 'compute_dtype = "float32"': ""})
     assert (lock.plan.lanes, lock.plan.micro_batch_size) == (2, 4)
     readings = [(r.lanes, r.compute_dtype) for r in lock.plan.probe_readings]
-    assert readings == [(1, "float32"), (1, "bfloat16")]
+    # both types on one lane, then the given lanes; bare products are equally fast on this clock
+    assert readings == [(1, "float32"), (1, "bfloat16"), (2, "float32")]
     assert lock.plan.compute_dtype == "float32"  # on this clock no type is faster
 
 
@@ -161,13 +201,15 @@ def test_a_lock_of_an_older_version_is_still_read(plan_with, tmp_path: Path) -> 
     store.save_lock(lock)
     path = tmp_path / "study.lock.json"
     old = json.loads(path.read_text())
-    del old["eval_rows"]
+    for key in ("eval_rows", "study_plan", "forecast"):
+        del old[key]
     for key in ("group_rank", "probe_readings", "probe_s", "probe_cut"):
         del old["plan"][key]
     old["plan"] |= {"grouped": False, "tokens_per_s": {"1 lanes": 181.4}}
     path.write_text(json.dumps(old))
     found = store.load_lock()
-    assert found == replace(lock, eval_rows=(), plan=replace(lock.plan, group_rank=0))
+    unread = replace(lock.plan, group_rank=0, probe_readings=(), probe_s=0.0)
+    assert found == replace(lock, eval_rows=(), study_plan=None, forecast=None, plan=unread)
 
 
 class View:
@@ -207,6 +249,6 @@ def test_a_study_that_goes_on_does_not_measure_again(workplace: Path, tmp_path: 
     assert not any("measuring" in note for note in second.notes)
     assert after.lock.plan == before.plan  # times and all
     assert after.confirmation is not None
-    [winner] = [t for t in after.trials if t.number == after.confirmation.winner]
-    rows = [len(result.evaluation.loss_sums) for result in winner.rungs]
-    assert tuple(rows) == after.lock.eval_rows == (9, 16)
+    finished = [trial for trial in after.trials if len(trial.rungs) == 2]
+    rows = {tuple(len(r.evaluation.loss_sums) for r in trial.rungs) for trial in finished}
+    assert rows == {after.lock.eval_rows} == {(9, 16)}

@@ -22,12 +22,13 @@ from lora_tune.memory.request import (
     resolve_request,
 )
 from lora_tune.memory.shape import ModelShape
-from lora_tune.memory.study_time import study_tokens
 from lora_tune.memory.throughput import parse_price, plan_time
 from lora_tune.memory.verdict import DEFAULT_CAPABILITY, Device, find_device
 from lora_tune.records import TargetSet
 from lora_tune.report.estimate_study import FrontierRow, GpuFrontier, StudyFrontier, frontier_json
+from lora_tune.search.forecast import study_tokens
 from lora_tune.search.gate import Gate, PackPlan, resolve_sets
+from lora_tune.search.plan import most_trials
 from lora_tune.study.loader import load_study
 from lora_tune.study.spec import StudySpec
 
@@ -213,7 +214,7 @@ def _largest_pack(frontier: GpuFrontier, plan: PackPlan, spec: StudySpec) -> Mem
         stack="lora-tune",
         quantization=spec.model.quantization,
         compute_dtype=_compute_dtype(spec, frontier.device),
-        lanes=(lane,) * min(plan.most_lanes, spec.search.trials),
+        lanes=(lane,) * min(plan.most_lanes, most_trials(spec)),
         micro_batch_size=plan.micro_batch_size,
         max_length=spec.data.max_length,
         gradient_checkpointing=plan.gradient_checkpointing,

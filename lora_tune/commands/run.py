@@ -8,20 +8,23 @@ from types import FrameType
 from rich.console import Console
 
 from lora_tune.errors import Terminated
+from lora_tune.metrics import check_metrics
 from lora_tune.report import ProgressView, print_report
 from lora_tune.store.find import find_study
 from lora_tune.study.loader import load_study
 
 
-def run(study: str, *, command: str) -> None:
+def run(study: str, *, command: str, allow_code: bool) -> None:
     """Run the study and print its report.
 
     Args:
         study: A study file, or a started study as ``store.find`` knows it.
         command: The command line, for the record.
+        allow_code: Whether ``select.metrics`` may name functions of the user's own modules.
     """
     path = _study_file(study)
     spec = load_study(path)
+    check_metrics(spec.select.metrics, allow_code=allow_code)
     # OpenMP reads this when torch is imported. By default its threads spin at every barrier, and on a
     # CPU that is shared with anything else training then slows down up to tenfold; see docs/log.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,7 +38,9 @@ def run(study: str, *, command: str) -> None:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         with ProgressView() as view:
-            snapshot = run_study(spec, study_file=path, command=command, view=view)
+            snapshot = run_study(
+                spec, study_file=path, command=command, view=view, allow_code=allow_code
+            )
     finally:
         signal.signal(signal.SIGTERM, previous)
     print_report(snapshot, Console(), next_command=f"lora-tune report {snapshot.folder}")

@@ -3,16 +3,18 @@
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from lora_tune.data.describe import decode_row
 from lora_tune.data.encode import EncodedRow, RowEncoder
 from lora_tune.data.formats import Example, choose_format, convert_row, unused_columns
+from lora_tune.data.groups import check_group_column, group_of, row_clusters
 from lora_tune.data.reading import RawRow, RowError, find_file, read_rows
 from lora_tune.data.splits import KeyedRow, Splits, split_rows, split_with_eval
 from lora_tune.errors import DataError
@@ -39,10 +41,40 @@ def prepare_data(
         The splits, each in an order that does not depend on the order of the file.
 
     Raises:
-        DataError: The rows cannot be read or used, too many of them are bad, no label is left,
-            or there are too few rows for three splits.
+        DataError: The rows cannot be read or used, too many of them are bad, no label is left, the
+            column of ``data.group`` is missing, or there are too few rows for three splits.
     """
     encoder = RowEncoder(data, tokenizer=tokenizer, base_dir=base_dir)
+    return prepare_with(encoder, data, tokenizer=tokenizer, seed=seed, base_dir=base_dir)
+
+
+class Encoder(Protocol):
+    """What turns examples into rows of tokens; ``RowEncoder`` is the one that a study trains on."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was special, as sentences."""
+        ...
+
+    @property
+    def chat_template(self) -> str:
+        """As in the fingerprint of the data."""
+        ...
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedRow | RowError]:
+        """Encode examples together, in order."""
+        ...
+
+
+def prepare_with(
+    encoder: Encoder,
+    data: DataSection,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+    base_dir: Path,
+) -> PreparedData:
+    """Do the same with another encoder; the tokenizer is only there to show a row in a message."""
     sources = [data.train] if data.eval is None else [data.train, data.eval]
     loaded = [
         _load(source, data=data, encoder=encoder, seed=seed, base_dir=base_dir)
@@ -61,24 +93,20 @@ def prepare_data(
             train.rows,
             selection_rows=data.selection_rows,
             confirmation_rows=data.confirmation_rows,
+            seed=seed,
         )
     else:
         held_out = loaded[1]
-        shared = train.rows.keys() & held_out.rows.keys()
-        for ids in shared:
-            del train.rows[ids]
-        train.num_duplicates += len(shared)
-        if shared:
-            notes.append(
-                f"{len(shared)} rows of {data.train} are also in {data.eval}; "
-                "they are not trained on."
-            )
+        notes += train.leave_out(held_out)
         splits = split_with_eval(
             train.rows,
             held_out.rows,
             selection_rows=data.selection_rows,
             confirmation_rows=data.confirmation_rows,
+            seed=seed,
         )
+    if data.group is not None:
+        notes.append(_group_note(splits, data.group))
     return PreparedData(
         train=splits.train,
         selection=splits.selection,
@@ -113,8 +141,8 @@ class _Source:
         if len(self.first_faults) < _SHOWN_FAULTS:
             self.first_faults.append(f"{where}: {fault}")
 
-    def add(self, encoded: EncodedRow, key: bytes) -> None:
-        row = encoded.row
+    def add(self, encoded: EncodedRow, key: bytes, group: str) -> None:
+        row = replace(encoded.row, group=group) if group else encoded.row
         self.num_truncated += encoded.full_length > len(row.input_ids)
         if row.num_labels == 0:
             self.num_unlabelled += 1
@@ -123,10 +151,28 @@ class _Source:
         kept = self.rows.get(row.input_ids)
         self.num_duplicates += kept is not None
         # Of rows with the same tokens the smallest hash stays, whatever the order of the file.
-        if kept is None or key < kept.key:
+        if kept is None or (key, group) < (kept.key, kept.row.group):
             self.rows[row.input_ids] = KeyedRow(key, row)
 
-    def check(self, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    def leave_out(self, held_out: "_Source") -> Iterator[str]:
+        """Remove the rows, and the groups, of the held-out source; say so, a sentence each."""
+        shared = self.rows.keys() & held_out.rows.keys()
+        for ids in shared:
+            del self.rows[ids]
+        self.num_duplicates += len(shared)
+        if shared:
+            yield f"{len(shared)} rows of {self.name} are also in {held_out.name}; they are not trained on."
+        groups = {keyed.row.group for keyed in held_out.rows.values()} - {""}
+        alike = [ids for ids, keyed in self.rows.items() if keyed.row.group in groups]
+        for ids in alike:
+            del self.rows[ids]
+        if alike:
+            yield (
+                f"{len(alike)} rows of {self.name} are of groups that are also in {held_out.name}; "
+                "they are not trained on."
+            )
+
+    def check(self, data: DataSection, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Stop the study if the source cannot be trusted.
 
         Raises:
@@ -161,38 +207,54 @@ class _Source:
             yield f"{self.name}: {self.num_duplicates} exact duplicates left out."
 
 
-def _load(
-    name: str, *, data: DataSection, encoder: RowEncoder, seed: int, base_dir: Path
-) -> _Source:
+def _load(name: str, *, data: DataSection, encoder: Encoder, seed: int, base_dir: Path) -> _Source:
     raw_rows = read_rows(name, split=data.split, base_dir=base_dir)
     head = list(islice(raw_rows, _HEAD_ROWS))
     objects = [row.value for row in head if isinstance(row.value, Mapping)]
     fmt = choose_format(name, data.format, objects) if objects else "text"
     source = _Source(name=name, format=fmt)
+    if data.group is not None and objects:
+        check_group_column(name, data.group, objects)
     for value in objects:
-        source.unused |= unused_columns(fmt, value)
-    for batch in _batches(_convert(chain(head, raw_rows), source)):
-        encoded_rows = encoder.encode([example for _, example in batch])
-        for (where, example), encoded in zip(batch, encoded_rows, strict=True):
+        source.unused |= unused_columns(fmt, value) - {data.group}
+    for batch in _batches(_convert(chain(head, raw_rows), source, data.group)):
+        encoded_rows = encoder.encode([read.example for read in batch])
+        for read, encoded in zip(batch, encoded_rows, strict=True):
             if isinstance(encoded, RowError):
-                source.add_fault(where, encoded)
+                source.add_fault(read.where, encoded)
             else:
-                source.add(encoded, example.sort_key(seed))
+                source.add(encoded, read.example.sort_key(seed), read.group)
     return source
 
 
-def _convert(raw_rows: Iterable[RawRow], source: _Source) -> Iterator[tuple[str, Example]]:
+class _Read(NamedTuple):
+    """A row that was understood: its place, its meaning and its group."""
+
+    where: str
+    example: Example
+    group: str
+
+
+def _convert(raw_rows: Iterable[RawRow], source: _Source, column: str | None) -> Iterator[_Read]:
     for where, value in raw_rows:
         source.num_read += 1
         try:
-            yield where, convert_row(source.format, value)
+            example = convert_row(source.format, value)
+            yield _Read(where, example, "" if column is None else group_of(value, column))
         except RowError as fault:
             source.add_fault(where, fault)
 
 
-def _batches(
-    examples: Iterator[tuple[str, Example]],
-) -> Iterator[list[tuple[str, Example]]]:
+def _group_note(splits: Splits, column: str) -> str:
+    """Say how many rows of how many groups each split has."""
+    parts = [
+        f"{name} {len(rows)} rows of {len(set(row_clusters(rows)))}"
+        for name, rows in zip(Splits._fields, splits, strict=True)
+    ]
+    return f"rows with the same {column} stay together; rows and groups: {', '.join(parts)}."
+
+
+def _batches(examples: Iterator[_Read]) -> Iterator[list[_Read]]:
     while batch := list(islice(examples, _BATCH_ROWS)):
         yield batch
 
@@ -213,7 +275,7 @@ def _no_labels(
     source: _Source,
     example: EncodedRow,
     data: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> str:
     if example.full_length > data.max_length:
         why = (
@@ -225,8 +287,8 @@ def _no_labels(
             f"with data.train_on = {data.train_on!r} nothing of it carries loss: the chat template "
             "leaves the assistant's text out, or the row is a single token."
         )
-    text = decode_row(example.row, tokenizer)
-    return f"{source.name}: none of {source.num_read} rows has a token to learn; {why}\n  {text!r}"
+    text = "" if tokenizer is None else f"\n  {decode_row(example.row, tokenizer)!r}"
+    return f"{source.name}: none of {source.num_read} rows has a token to learn; {why}{text}"
 
 
 def _fingerprint(splits: Splits, loaded: list[_Source], chat_template: str) -> DataFingerprint:
@@ -257,3 +319,5 @@ def _update(digest: "hashlib._Hash", row: TokenizedRow) -> None:
     digest.update(array("q", [len(row.input_ids)]).tobytes())
     digest.update(array("q", row.input_ids).tobytes())
     digest.update(array("q", row.labels).tobytes())
+    if row.group:  # rows without groups keep the hash that they always had
+        digest.update(row.group.encode("utf-8", "surrogatepass"))

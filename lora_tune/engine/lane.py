@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.schedule import learning_rate_at
 from lora_tune.records import LaneJob, Point
+from lora_tune.stats.smoothing import RunningLoss
 
 STATE_FILE = "lane_state.safetensors"
 
@@ -42,6 +43,8 @@ class Lane:
     num_tokens: int = 0  # of the points noted
     wall_s: float = 0.0
     pack_lanes: int = 1
+    smoothed: RunningLoss = field(default_factory=RunningLoss)
+    over_limit: str = ""  # how the loss exceeded a limit of the job's
 
     @property
     def finished(self) -> bool:
@@ -68,11 +71,21 @@ class Lane:
         self.points.append(point)
         self.num_tokens += point.num_tokens
         self.step = max(self.step, point.step)
+        self._compare_with_limits(point)
         above = point.train_loss > self.points[0].train_loss + DIVERGED_MARGIN
         self.steps_above = self.steps_above + 1 if above else 0
         self.skipped = 0 if _is_finite(point.grad_norm) else self.skipped + 1
         if point.step == self.job.hold_step:
             self.held = self.state()
+
+    def _compare_with_limits(self, point: Point) -> None:
+        loss = self.smoothed.add(point.step, point.train_loss)
+        for step, limit in self.job.loss_limits:
+            if step == point.step and loss > limit:
+                self.over_limit = (
+                    f"smoothed loss {loss:.2f} at step {step}, above {limit:.2f}, the limit that finished "
+                    "trials set there"
+                )
 
     @property
     def divergence(self) -> str:
@@ -83,6 +96,8 @@ class Lane:
         most_skipped = MOST_SKIPPED_STEPS if self.scaler is not None else 0
         if not _is_finite(last.train_loss) or self.skipped > most_skipped:
             return f"loss {last.train_loss} at step {last.step}, gradient norm {last.grad_norm}"
+        if self.over_limit:
+            return self.over_limit
         if self.steps_above >= DIVERGED_STEPS:
             return (
                 f"loss {last.train_loss:.2f} at step {last.step}, more than {DIVERGED_MARGIN} above the "

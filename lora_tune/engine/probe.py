@@ -5,8 +5,12 @@ as little as gives an honest number. Gradients of earlier passes (accumulation) 
 neither its time nor its peak. All readings use the same rows, those whose length is nearest to the mean
 of the training split: tokens/s compare, and a longest row decides nothing.
 
-The decision is a function of the readings, ``choose_reading``. Both are written to ``study.lock.json``
-once, so that a resumed study does not measure again.
+On a CPU the compute type whose bare matrix products are faster is read first: a probe of a short study is
+cut after one reading, and stays in the type of that one.
+
+Where the study file leaves no choice its own plan is read if that can be afforded, by a single pass: the
+forecast needs its speed. The decision is a function of the readings, ``choose_reading``. Both are written to
+``study.lock.json`` once, so that a resumed study does not measure again.
 """
 
 import gc
@@ -32,6 +36,11 @@ MOST_COST = 0.05
 # 113, 131 in bfloat16 (best of two).
 LEAST_PASS_TOKENS = 128
 PASSES = 3  # of a reading: one to warm up, two measured
+_PRODUCT = (
+    256,
+    1024,
+    1024,
+)  # rows, in and out features of the bare product: of a small layer and pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,9 @@ class ProbeOptions:
     compute_dtypes: tuple[str, ...]  # to choose from; the base's own alone if that is settled
     study_tokens: float  # that the study's trials will train
     most_study_s: float = float("inf")  # after which the study begins no new trial
+    # lanes and rows a lane that the study file settles, to be read for the forecast; then there is always
+    # a reading, though nothing may be open
+    given: tuple[int, int] | None = None
 
 
 class ProbeResult(NamedTuple):
@@ -101,6 +113,27 @@ def rising_sizes(sizes: Sequence[int], *, mean_tokens: float) -> tuple[int, ...]
     return tuple(reversed(falling))
 
 
+def by_product_speed(
+    dtypes: Sequence[str], *, clock: Callable[[], float] = time.perf_counter
+) -> tuple[str, ...]:
+    """Return compute types by the time of a bare matrix product on the CPU, the fastest first.
+
+    The better of three, after one to warm up; some milliseconds in all. Equal types keep their order.
+    """
+    rows, width, out = _PRODUCT
+    seconds = {}
+    for dtype in dtypes:
+        x_NI = torch.ones(rows, width, dtype=DTYPES[dtype])
+        w_OI = torch.ones(out, width, dtype=DTYPES[dtype])
+        taken = []
+        for _ in range(4):
+            began = clock()
+            torch.nn.functional.linear(x_NI, w_OI)
+            taken.append(clock() - began)
+        seconds[dtype] = min(taken[1:])
+    return tuple(sorted(dtypes, key=seconds.__getitem__))
+
+
 def average_rows(rows: Sequence[TokenizedRow], count: int) -> tuple[TokenizedRow, ...]:
     """Return ``count`` rows whose lengths are nearest to the mean; if there are too few, some twice."""
     mean = mean_length(rows)
@@ -121,8 +154,9 @@ def measure_tokens_per_s(
     *,
     lanes: int,
     clock: Callable[[], float] = time.perf_counter,
+    one_pass: bool = False,
 ) -> float:
-    """Return tokens/s of equal lanes over two optimizer steps, after one to warm up.
+    """Return tokens/s of equal lanes over two optimizer steps, after one to warm up; or over one alone.
 
     On a CPU, where other work only ever makes a step slower, it is the better of the two. On a GPU
     they are timed together: a step does not wait for the device, and is not made to.
@@ -130,7 +164,8 @@ def measure_tokens_per_s(
     pack = TrialPack(base, rows, settings)
     members = [pack.new_lane(_job(config)) for _ in range(lanes)]
     seconds = []
-    for steps in (1, 2) if base.device.type == "cuda" else (1, 1, 1):
+    several = (1, 2) if base.device.type == "cuda" else (1, 1, 1)
+    for steps in (1,) if one_pass else several:
         begin = clock()
         for _ in range(steps):
             pack.train_step(members)
@@ -138,7 +173,7 @@ def measure_tokens_per_s(
             torch.cuda.synchronize(base.device)
         seconds.append((clock() - begin) / steps)
     pack.read()
-    return sum(lane.points[-1].num_tokens for lane in members) / min(seconds[1:])
+    return sum(lane.points[-1].num_tokens for lane in members) / min(seconds[1:] or seconds)
 
 
 class Probe:
@@ -173,7 +208,7 @@ class Probe:
         self.readings: list[ProbeReading] = []
         self.cut = False
         sizes = options.micro_batch_sizes
-        self._rows = average_rows(rows, max(sizes))
+        self._rows = average_rows(rows, max(*sizes, options.given[1] if options.given else 0))
         self._sizes = rising_sizes(sizes, mean_tokens=mean_length(self._rows))
         self._setup_s = 0.0  # beside the passes, of a lane in the last reading
         self._clock = clock
@@ -183,10 +218,10 @@ class Probe:
         """Measure and decide; the base is left in the chosen type, and nothing in memory.
 
         With one lane the compute types come first, then rising micro-batches; then 2, 4, ... lanes
-        of the chosen micro-batch, or of the largest below it of which so many fit.
+        of the chosen micro-batch, or of the largest below it of which so many fit. A given plan is read last.
         """
         first, smallest = self._sizes[0], min(self.options.micro_batch_sizes)
-        if not self.is_needed:
+        if not self.is_needed and self.options.given is None:
             return self._result(lanes=1, micro_batch_size=first)
         for dtype in self.options.compute_dtypes:
             self._try(lanes=1, micro_batch_size=first, compute_dtype=dtype)
@@ -202,6 +237,7 @@ class Probe:
             lanes=lanes, micro_batch_size=size
         ):
             lanes *= 2
+        self._read_given()
         return self._result(lanes=self.kept.lanes, micro_batch_size=self.kept.micro_batch_size)
 
     @property
@@ -235,12 +271,29 @@ class Probe:
                 return size
         return 0
 
+    def _read_given(self) -> None:
+        """Read the plan that the study file settles, by one pass, if it was not read and can be afforded."""
+        if self.options.given is None:
+            return
+        lanes, size = self.options.given
+        known = [(reading.lanes, reading.micro_batch_size) for reading in self.readings]
+        pass_s = self._passes_s(lanes * size, self.kept) / PASSES + lanes * self._setup_s
+        if (lanes, size) not in known and self._within_share(pass_s, self._study_s(1.0)):
+            self._take(lanes, size, self.kept.compute_dtype, one_pass=True)
+
     def _try(self, *, lanes: int, micro_batch_size: int, compute_dtype: str = "") -> bool:
         """Take a reading, unless that would take too long; return whether its plan is the best now."""
         dtype = compute_dtype or self.kept.compute_dtype
         if self.readings and not self._affordable(lanes * micro_batch_size, lanes):
             self.cut = True
             return False
+        reading = self._take(lanes, micro_batch_size, dtype)
+        return self.kept is reading
+
+    def _take(
+        self, lanes: int, micro_batch_size: int, dtype: str, *, one_pass: bool = False
+    ) -> ProbeReading:
+        """Take a reading and keep it."""
         self._compute_in(dtype)
         reading = ProbeReading(
             lanes=lanes,
@@ -252,7 +305,7 @@ class Probe:
         )
         began = self._clock()
         try:
-            tokens_per_s, peak = self._measure(lanes, micro_batch_size)
+            tokens_per_s, peak = self._measure(lanes, micro_batch_size, one_pass=one_pass)
             reading = replace(
                 reading, tokens_per_s=tokens_per_s, peak_bytes=peak, out_of_memory=False
             )
@@ -264,7 +317,7 @@ class Probe:
         if not reading.out_of_memory:
             passes_s = self._passes_s(lanes * micro_batch_size, reading)
             self._setup_s = max(0.0, self._clock() - began - passes_s) / lanes
-        return self.kept is reading
+        return reading
 
     def _affordable(self, num_rows: int, lanes: int) -> bool:
         """Say whether the probe surely keeps to its share of the study with one more reading.
@@ -276,15 +329,23 @@ class Probe:
         if best.out_of_memory:
             return True
         growth = max(1.0, num_rows / (best.lanes * best.micro_batch_size))
-        study_s = self.options.study_tokens / (best.tokens_per_s * growth)
         reading_s = self._passes_s(num_rows, best) + lanes * self._setup_s
+        return self._within_share(reading_s, self._study_s(growth))
+
+    def _study_s(self, growth: float) -> float:
+        """Return the seconds of the study when it is ``growth`` times as fast as the best reading."""
+        return self.options.study_tokens / (self.kept.tokens_per_s * growth)
+
+    def _within_share(self, reading_s: float, study_s: float) -> bool:
         spent_s = self._clock() - self._began + reading_s
         return spent_s <= MOST_COST * min(study_s, self.options.most_study_s)
 
     def _passes_s(self, num_rows: int, reading: ProbeReading) -> float:
         return PASSES * num_rows * mean_length(self._rows) / reading.tokens_per_s
 
-    def _measure(self, lanes: int, micro_batch_size: int) -> tuple[float, int | None]:
+    def _measure(
+        self, lanes: int, micro_batch_size: int, *, one_pass: bool
+    ) -> tuple[float, int | None]:
         """Return tokens/s, and the peak of allocated bytes."""
         settings = replace(
             self.settings, effective_batch_size=micro_batch_size, micro_batch_size=micro_batch_size
@@ -293,7 +354,13 @@ class Probe:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         tokens_per_s = measure_tokens_per_s(
-            self.base, rows, settings, self.config, lanes=lanes, clock=self._clock
+            self.base,
+            rows,
+            settings,
+            self.config,
+            lanes=lanes,
+            clock=self._clock,
+            one_pass=one_pass,
         )
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return tokens_per_s, peak

@@ -11,8 +11,9 @@ forgotten when a stretch begins and read when it ends, before anything is evalua
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,12 +24,14 @@ from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.engine.memory_guard import MemoryGuard
 from lora_tune.engine.memory_reading import MemoryMeter
 from lora_tune.engine.pack import NO_PASS, TrialPack
+from lora_tune.executors.scorer import MetricScorer
 from lora_tune.files import publish_folder
 from lora_tune.records import (
     EvalResult,
     LaneJob,
     LaneOutcome,
     LaneReading,
+    MetricResult,
     PackPeak,
     TokenizedRow,
     TrialState,
@@ -49,6 +52,7 @@ class InProcessExecutor:
         base_model: str | None,
         meter: MemoryMeter,
         on_step: Callable[[], None] = lambda: None,
+        scorer: MetricScorer | None = None,
     ) -> None:
         """Begin with nothing to do.
 
@@ -59,6 +63,7 @@ class InProcessExecutor:
             base_model: What a published adapter names as its base.
             meter: Reads the device of the pack.
             on_step: Called after every optimizer step.
+            scorer: Computes the metrics that jobs ask for; None when no job does.
         """
         self.pack = pack
         self.splits = splits
@@ -66,6 +71,7 @@ class InProcessExecutor:
         self.base_model = base_model
         self.meter = meter
         self.on_step = on_step
+        self.scorer = scorer
         self.train_s = 0.0
         self.evaluation_s = 0.0
         self._ended_tokens = 0
@@ -176,28 +182,45 @@ class InProcessExecutor:
             groups.setdefault((job.eval_split, job.eval_rows, job.eval_dtype), []).append(lane)
         outcomes = []
         for (split, num_rows, dtype), group in groups.items():
+            rows = self.splits[split][:num_rows]
             begin = time.perf_counter()
-            results = self._losses(group, split, num_rows, dtype)
+            with self._computing_in(dtype):
+                results = self.pack.evaluate([lane.adapter for lane in group], rows, split=split)
             self._note_peak([lane.job for lane in group])
             elapsed = time.perf_counter() - begin
             self.evaluation_s += elapsed
             for lane, result in zip(group, results, strict=True):
                 lane.wall_s += elapsed / len(group)
-                outcomes.append(self._finish(lane, result))
+                outcome = self._finish(lane, result)
+                if lane.job.metrics and outcome.state is TrialState.COMPLETE:
+                    outcome = self._add_metrics(outcome, lane, rows)
+                outcomes.append(outcome)
         return outcomes
 
-    def _losses(
-        self, lanes: Sequence[Lane], split: str, num_rows: int | None, dtype: str
-    ) -> list[EvalResult]:
+    @contextmanager
+    def _computing_in(self, dtype: str) -> Iterator[None]:
+        """Compute in the type that a job is evaluated in, then in the study's own again."""
         base = self.pack.base
         try:
             if dtype != "train":
                 base.set_compute_dtype(DTYPES[dtype])
-            adapters = [lane.adapter for lane in lanes]
-            return self.pack.evaluate(adapters, self.splits[split][:num_rows], split=split)
+            yield
         finally:
             if dtype != "train":
                 base.set_compute_dtype(self._train_dtype)
+
+    def _add_metrics(
+        self, outcome: LaneOutcome, lane: Lane, rows: Sequence[TokenizedRow]
+    ) -> LaneOutcome:
+        """Return a lane's outcome with the metrics that its job asks for; failing ones have a reason."""
+        assert self.scorer is not None, "a job asks for metrics, the executor has no scorer"
+        begin = time.perf_counter()
+        with self._computing_in(lane.job.eval_dtype):
+            metrics = self.scorer.score(lane.adapter, rows, lane.job.metrics)
+        self.meter.restart()  # writing answers has no part in the peaks of lanes
+        elapsed = time.perf_counter() - begin
+        self.evaluation_s += elapsed
+        return replace(outcome, metrics=metrics, wall_s=outcome.wall_s + elapsed)
 
     def _finish(self, lane: Lane, result: EvalResult) -> LaneOutcome:
         if not abs(result.mean_loss) < float("inf"):
@@ -206,7 +229,7 @@ class InProcessExecutor:
         if lane.job.result_folder is not None and lane.adapter is not None:
             with publish_folder(lane.job.result_folder) as folder:
                 save_adapter(lane.adapter, folder, base_model=self.base_model)
-                if lane.held is not None:
+                if lane.held is not None and lane.job.keep_state:
                     save_state(lane.held, folder)
         return self._outcome(lane, TrialState.COMPLETE, evaluation=result)
 
@@ -231,6 +254,7 @@ class InProcessExecutor:
             num_tokens=lane.num_tokens,
             peak_bytes=self._peaks.pop(lane.job.trial, 0),
             pack_lanes=lane.pack_lanes,
+            metrics=_without_values(lane.job, reason),
         )
 
     def _note_peak(self, jobs: Sequence[LaneJob]) -> None:
@@ -306,6 +330,7 @@ class InProcessExecutor:
                 state=TrialState.INFEASIBLE,
                 reason=f"out of memory as the only lane, at step {step}",
                 peak_bytes=self._peaks.pop(jobs[0].trial),
+                metrics=_without_values(jobs[0], "out of memory as the only lane"),
             )
         ]
 
@@ -323,6 +348,11 @@ class InProcessExecutor:
         gc.collect()
         if self.pack.base.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _without_values(job: LaneJob, reason: str) -> tuple[MetricResult, ...]:
+    """Return a result of every metric that the job asks for: whoever asks is answered."""
+    return tuple(MetricResult(metric=name, reason=reason) for name in job.metrics)
 
 
 @dataclass

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from lora_tune.report.card import model_card
     from lora_tune.report.console import print_report
     from lora_tune.report.files import write_reports
-    from lora_tune.report.markdown import markdown_escape, render_markdown
+    from lora_tune.report.markdown import markdown_escape
     from lora_tune.report.progress import ProgressView
+    from lora_tune.report.study_markdown import render_markdown
     from lora_tune.report.summary import ReportSummary, summarize
 
 _HOMES = {
@@ -21,7 +22,7 @@ _HOMES = {
     "markdown_escape": "markdown",
     "model_card": "card",
     "print_report": "console",
-    "render_markdown": "markdown",
+    "render_markdown": "study_markdown",
     "summarize": "summary",
     "write_reports": "files",
 }

@@ -3,9 +3,10 @@
 import re
 
 from lora_tune.errors import AllTrialsFailedError
-from lora_tune.records import StudySnapshot
+from lora_tune.records import Decision, StudySnapshot
+from lora_tune.report import candidates, resolved, verdict, wording
 from lora_tune.report import formatting as fmt
-from lora_tune.report import wording
+from lora_tune.report.confirmation import UNTUNED, ConfirmationSummary
 from lora_tune.report.markdown import (
     Markdown,
     environment,
@@ -13,17 +14,12 @@ from lora_tune.report.markdown import (
     markdown_table,
     python_literal,
 )
-from lora_tune.report.summary import (
-    ConfirmationSummary,
-    ReportSummary,
-    eval_rows,
-    spec_value,
-    summarize,
-)
+from lora_tune.report.resolved import eval_rows, spec_value
+from lora_tune.report.summary import Outcome, ReportSummary, summarize
 
 
 def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
-    """Return the README.md of the adapter of a study's winner.
+    """Return the README.md of the adapter of the configuration that a study recommends.
 
     Folders of the machine that trained it are left out: of a path only the last part is named.
 
@@ -33,10 +29,10 @@ def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
             and the card says that none is known.
 
     Raises:
-        AllTrialsFailedError: No trial succeeded, so there is no adapter to describe.
+        AllTrialsFailedError: Nothing succeeded, so there is no adapter to describe.
     """
     summary = summarize(snapshot)
-    if summary.config is None:
+    if summary.config is None or summary.outcome is Outcome.NOTHING:
         raise AllTrialsFailedError(
             f"{snapshot.folder}: no trial succeeded ({wording.states_text(summary)}), so there is "
             "no adapter to describe. The reasons are in report.md."
@@ -50,10 +46,12 @@ def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
             base=hub_id or _last_part(snapshot.lock.model.base),
             base_model=hub_id,
             result=_result(summary),
-            metric=_metric(summary.confirmation),
+            metric=_metric(summary),
+            adapter=_adapter(summary),
             settings=_settings(summary),
-            schedule=wording.schedule_text(snapshot.lock),
+            schedule=resolved.schedule_text(snapshot.lock, steps=summary.steps),
             search=_search(snapshot, summary),
+            seeds=_seeds(summary),
             data=_data(snapshot),
             environment=_environment(snapshot),
             load=_load(snapshot, hub_id),
@@ -93,25 +91,72 @@ def _last_part(path: str) -> str:
     return path
 
 
-def _result(summary: ReportSummary) -> str:
-    """Return the confirmed loss; where it is no clear gain, the verdict that says so."""
+def _result(summary: ReportSummary) -> list[str]:
+    """Return the verdict and the confirmed loss; where the base is no worse, that comes first."""
+    sentences = wording.conclusions(summary)
+    base = summary.confirmation.base if summary.confirmation else None
+    clear = base is not None and base.reduction_interval is not None
+    if sentences and clear and base is not None and base.reduction_interval is not None:
+        return (
+            sentences
+            if base.reduction_interval.low > 0
+            else [wording.headline(summary), *sentences]
+        )
+    return [wording.headline(summary), *sentences]
+
+
+def _adapter(summary: ReportSummary) -> str:
     c = summary.confirmation
-    clear = c is not None and c.reduction_interval is not None and c.reduction_interval.low > 0
-    return wording.confirmed_loss(c) if c is not None and clear else wording.recommendation(summary)
+    return verdict.adapter_sentence(c) if c is not None and c.decision is not None else ""
 
 
-def _metric(confirmation: ConfirmationSummary | None) -> Markdown | None:
-    if confirmation is None:
+def _metric(summary: ReportSummary) -> Markdown | None:
+    c = summary.confirmation
+    if c is None or c.chosen is None or c.chosen.score is None or c.decision is None:
         return None
-    c = confirmation
+    score = c.chosen.score
+    interval = f"{fmt.format_loss(score.low)} to {fmt.format_loss(score.high)}"
     rows = [
-        ("adapter", f"{fmt.format_loss(c.winner_loss)}{wording.interval_text(c.winner_interval)}"),
-        ("untuned base", f"{fmt.format_loss(c.base_loss)}{wording.interval_text(c.base_interval)}"),
-        ("relative reduction", wording.reduction_text(c)),
-        ("rows", f"{c.num_examples}, not used in training or search"),
-        ("computed in", c.compute_dtype),
+        (
+            "this configuration",
+            f"{fmt.format_loss(score.loss)} (95 % interval {interval})",
+        ),
+        ("each seed", ", ".join(map(fmt.format_loss, score.seed_losses))),
+        *_base_rows(summary),
+        ("rows", _rows_text(c, c.decision)),
+        ("computed in", fmt.one_line(c.compute_dtype or "")),
+        *_metric_rows(summary),
     ]
     return markdown_table(("loss, nats per target token", "confirmed"), rows)
+
+
+def _rows_text(c: ConfirmationSummary, decision: Decision) -> str:
+    if c.refit:
+        return (
+            f"{decision.num_rows}, not used in these trainings or the search; this adapter saw them"
+        )
+    return f"{decision.num_rows}, not used in training or search"
+
+
+def _base_rows(summary: ReportSummary) -> list[tuple[str, str]]:
+    base = summary.confirmation.base if summary.confirmation else None
+    if base is None:
+        return []
+    return [
+        ("untuned base", f"{fmt.format_loss(base.loss)}{verdict.interval_text(base.interval)}"),
+        ("relative reduction", verdict.reduction_text(base)),
+    ]
+
+
+def _metric_rows(summary: ReportSummary) -> list[tuple[str, str]]:
+    c = summary.confirmation
+    if c is None:
+        return []
+    return [
+        (f"{m.metric}, {fmt.one_line(m.subject)}", candidates.metric_text(m))
+        for m in c.metrics
+        if m.mean is not None and m.subject in (summary.chosen, UNTUNED)
+    ]
 
 
 def _settings(summary: ReportSummary) -> Markdown:
@@ -137,11 +182,28 @@ def _search(snapshot: StudySnapshot, summary: ReportSummary) -> str:
     if len(set(rows)) == 1:
         rows = rows[:1]
     return (
-        f"Trial {summary.leader} ({summary.leader_origin}) of study {lock.name}: "
+        f"{_origin(summary)} of study {lock.name}: "
         f"{wording.progress_text(summary)}; sampler {spec_value(lock.spec, 'search', 'sampler')}, "
         f"compared after {rungs} steps on {', '.join(rows)} rows; "
         f"lora-tune {version}".rstrip()
         + "."
+    )
+
+
+def _origin(summary: ReportSummary) -> str:
+    if summary.leader is None:
+        return "The default configuration"
+    return f"Trial {summary.leader} ({summary.leader_origin})"
+
+
+def _seeds(summary: ReportSummary) -> str:
+    """Return how often the configuration was trained, the adapter's own training included."""
+    c = summary.confirmation
+    if c is None or c.decision is None:
+        return "Each trial was trained once; no comparison with fresh seeds was made yet."
+    return (
+        f"The best of the search were then trained again, {fmt.plural(c.decision.seeds, 'time')} each "
+        "with fresh seeds, and scored on rows that the search never saw."
     )
 
 

@@ -7,22 +7,27 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_tune.records import StudySnapshot, TrialRecord
+from lora_tune.report import candidates, verdict, wording
 from lora_tune.report import formatting as fmt
-from lora_tune.report import wording
+from lora_tune.report.confirmation import ConfirmationSummary
 from lora_tune.report.probe import probe_sentence
-from lora_tune.report.summary import FAILED_STATES, Outcome, ReportSummary, ranked, summarize
-from lora_tune.report.tables import ALWAYS, TRIAL_COLUMNS, Column
+from lora_tune.report.ranking import FAILED_STATES, ranked
+from lora_tune.report.summary import Outcome, ReportSummary, summarize
+from lora_tune.report.tables import ALWAYS, TRIAL_COLUMNS, Column, remark
+from lora_tune.report.terminal import plain_table, say, say_unbroken
 from lora_tune.units import format_duration
 
 MAX_ROWS = 40
-MAX_REASONS = 5
-MIN_REASON_WIDTH = 24
+MAX_REMARKS = 8
+MIN_REMARK_WIDTH = 24
+# Columns of candidates.SCORE_HEADERS that a narrow console drops, in this order.
+DROPPED_FIRST = ("each seed", "its 95 % interval", "p", "gap", "to the best", "search loss")
 
 
 def print_report(
     snapshot: StudySnapshot, console: Console, *, next_command: str | None = None
 ) -> None:
-    """Print recommendation, trials, confirmation, where the adapter is, and what comes next.
+    """Print recommendation, verdict, candidates, trials, where the adapter is, and what comes next.
 
     Args:
         snapshot: The study, finished or not.
@@ -30,36 +35,35 @@ def print_report(
         next_command: What to name as the next step instead of what the study suggests.
     """
     summary = summarize(snapshot)
-    _say(console, wording.recommendation(summary), style="bold")
+    say(console, wording.headline(summary), style="bold")
+    for sentence in wording.conclusions(summary):
+        say(console, sentence)
+    if summary.confirmation is not None:
+        _print_confirmation(console, summary.confirmation)
     trials = ranked(snapshot.trials)
     if trials:
         _print_trials(console, trials, leader=summary.leader)
-    _print_certainty(console, summary)
+    if summary.chosen is None and summary.leader is not None:
+        say(console, wording.runner_up_sentence(summary))
+        say(console, wording.anchor_sentence(summary))
     for warning in summary.warnings:
-        _say(console, f"Warning: {warning}", style="yellow")
-    _say(console, _cost(summary))
+        say(console, f"Warning: {warning}", style="yellow")
+    say(console, _cost(summary))
+    if forecast := wording.forecast_sentence(summary.cost):
+        say(console, forecast)
     if sentence := probe_sentence(snapshot.lock.plan):
-        _say(console, f"Lanes: {sentence}")
+        say(console, f"Lanes: {sentence}")
     if summary.memory is not None:
-        _say(console, f"Memory: {' '.join(wording.memory_sentences(summary))}")
+        say(console, f"Memory: {' '.join(wording.memory_sentences(summary))}")
     console.print()
     if summary.outcome is Outcome.FINISHED:
-        _print_unbroken(console, f"Adapter: {snapshot.folder / 'adapter'}")
-        _print_unbroken(console, f"Report: {snapshot.folder / 'report.md'}")
+        say_unbroken(console, f"Adapter: {snapshot.folder / 'adapter'}")
+        say_unbroken(console, f"Report: {snapshot.folder / 'report.md'}")
     if next_command is None and summary.outcome is not Outcome.UNFINISHED:
-        _say(console, f"Next: {wording.next_step(summary, snapshot.lock)}")
+        say(console, f"Next: {wording.next_step(summary, snapshot.lock)}")
     else:
         command = next_command or wording.next_step(summary, snapshot.lock)
-        _print_unbroken(console, f"Next: {command}")
-
-
-def _say(console: Console, text: str, *, style: str = "") -> None:
-    console.print(Text(fmt.one_line(text), style=style))
-
-
-def _print_unbroken(console: Console, text: str) -> None:
-    """Print a path or command so that it can be copied from a narrow terminal too."""
-    console.print(Text(fmt.one_line(text)), soft_wrap=True)
+        say_unbroken(console, f"Next: {command}")
 
 
 def _print_trials(console: Console, trials: Sequence[TrialRecord], *, leader: int | None) -> None:
@@ -68,16 +72,16 @@ def _print_trials(console: Console, trials: Sequence[TrialRecord], *, leader: in
     console.print()
     console.print(_table(columns, shown, leader=leader, console=console))
     if len(trials) > len(shown):
-        _say(console, f"... and {len(trials) - len(shown)} more trials in trials.csv")
-    if not any(c.header == "reason" for c in columns) or _reason_is_cut(console, columns, shown):
-        _print_reasons(console, trials)
+        say(console, f"... and {len(trials) - len(shown)} more trials in trials.csv")
+    if not any(c.header == "remark" for c in columns) or _remark_is_cut(console, columns, shown):
+        _print_remarks(console, trials)
     console.print()
 
 
 def _columns_that_fit(console: Console, trials: Sequence[TrialRecord]) -> list[Column]:
     columns = list(TRIAL_COLUMNS)
-    if _reason_width(console, columns, trials) < MIN_REASON_WIDTH:
-        columns = [c for c in columns if c.header != "reason"]
+    if _remark_width(console, columns, trials) < MIN_REMARK_WIDTH:
+        columns = [c for c in columns if c.header != "remark"]
     while _width(columns, trials) > console.width and any(c.keep < ALWAYS for c in columns):
         columns.remove(min(columns, key=lambda c: c.keep))
     return columns
@@ -89,19 +93,19 @@ def _width(columns: Sequence[Column], trials: Sequence[TrialRecord]) -> int:
     return sum(widths) + 2 * (len(columns) - 1)
 
 
-def _reason_width(
+def _remark_width(
     console: Console, columns: Sequence[Column], trials: Sequence[TrialRecord]
 ) -> int:
-    """Return what is left for the reasons when every other column of the list is shown."""
-    others = [c for c in columns if c.header != "reason"]
+    """Return what is left for the remarks when every other column of the list is shown."""
+    others = [c for c in columns if c.header != "remark"]
     return console.width - _width(others, trials) - 2
 
 
-def _reason_is_cut(
+def _remark_is_cut(
     console: Console, columns: Sequence[Column], trials: Sequence[TrialRecord]
 ) -> bool:
-    room = _reason_width(console, columns, trials)
-    return any(len(t.reason) > room for t in trials if t.state in FAILED_STATES)
+    room = _remark_width(console, columns, trials)
+    return any(len(remark(t)) > room for t in trials if t.state in FAILED_STATES)
 
 
 def _table(
@@ -111,15 +115,15 @@ def _table(
     leader: int | None,
     console: Console,
 ) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table = plain_table()
     for column in columns:
-        last = column.header == "reason"
+        last = column.header == "remark"
         table.add_column(
             column.header,
             justify="right" if column.numeric else "left",
             no_wrap=True,
             overflow="ellipsis",
-            max_width=_reason_width(console, columns, trials) if last else None,
+            max_width=_remark_width(console, columns, trials) if last else None,
         )
     for trial in trials:
         style = "bold green" if trial.number == leader else _style(trial)
@@ -131,46 +135,73 @@ def _style(trial: TrialRecord) -> str:
     return "dim" if trial.state in FAILED_STATES else ""
 
 
-def _print_reasons(console: Console, trials: Sequence[TrialRecord]) -> None:
-    failed = [t for t in trials if t.state in FAILED_STATES]
-    if failed:
+def _print_remarks(console: Console, trials: Sequence[TrialRecord]) -> None:
+    """Print what the table has no room for; a trial that was merely not promoted needs no line."""
+    worth = [t for t in trials if t.state in FAILED_STATES]
+    worth += [t for t in trials if t not in worth and remark(t) != t.reason]
+    if worth:
         console.print()
-    for trial in failed[:MAX_REASONS]:
-        reason = trial.reason or "no reason recorded"
-        _say(console, f"Trial {trial.number} {trial.state.value}: {reason}")
-    if len(failed) > MAX_REASONS:
-        _say(console, f"... and {len(failed) - MAX_REASONS} more reasons in trials.csv")
+    for trial in worth[:MAX_REMARKS]:
+        text = remark(trial) or "no reason recorded"
+        say(console, f"Trial {trial.number} {trial.state.value}: {text}")
+    if len(worth) > MAX_REMARKS:
+        left = fmt.plural(len(worth) - MAX_REMARKS, "remark")
+        say(console, f"... and {left} more in report.md")
 
 
-def _print_certainty(console: Console, summary: ReportSummary) -> None:
-    if summary.confirmation is not None:
-        c = summary.confirmation
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        table.add_column("confirmation", no_wrap=True)
-        table.add_column("loss", justify="right", no_wrap=True)
-        table.add_column("95 % interval", no_wrap=True, overflow="ellipsis")
-        for name, loss, interval in (
-            (f"trial {summary.winner}", c.winner_loss, c.winner_interval),
-            ("untuned base", c.base_loss, c.base_interval),
-        ):
-            ends = "-" if interval is None else " to ".join(map(fmt.format_loss, interval))
-            table.add_row(name, fmt.format_loss(loss), ends)
+def _print_confirmation(console: Console, c: ConfirmationSummary) -> None:
+    console.print()
+    headers, rows = candidates.score_table(c)
+    kept = list(range(len(headers)))
+    for header in DROPPED_FIRST:
+        if header in headers and _cells(headers, rows, kept) > console.width:
+            kept.remove(headers.index(header))
+    table = _plain_table([headers[i] for i in kept], len(kept))
+    for candidate, row in zip([*c.candidates, None], rows, strict=False):
+        chosen = candidate is not None and candidate.chosen
+        table.add_row(*(Text(row[i], style="bold green" if chosen else "") for i in kept))
+    console.print(table)
+    if c.metrics:
+        metric_headers, metric_rows = candidates.metric_table(c)
+        table = _plain_table(metric_headers, len(metric_headers))
+        for cells in metric_rows:
+            table.add_row(*map(Text, cells))
+        console.print()
         console.print(table)
-        _say(
-            console,
-            f"Reduction {wording.reduction_text(c)} on {fmt.plural(c.num_examples, 'unseen row')}; "
-            f"one seed. The search saw {fmt.format_loss(c.selection_loss)}.",
-        )
-    if summary.leader is not None:
-        _say(console, wording.runner_up_sentence(summary))
-        _say(console, wording.anchor_sentence(summary))
+    for reason in candidates.metric_reasons(c):
+        say(console, reason)
+    if c.decision is not None:
+        _print_decision(console, c)
+
+
+def _print_decision(console: Console, c: ConfirmationSummary) -> None:
+    assert c.decision is not None
+    for sentence in verdict.tie_items(c, c.decision):
+        say(console, sentence)
+    if sentence := verdict.search_sentence(c):
+        say(console, sentence)
+    say(console, verdict.adapter_sentence(c))
+
+
+def _cells(headers: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int]) -> int:
+    """Return the width of a table of some columns, two cells between them."""
+    widths = [max(Text(row[i]).cell_len for row in [headers, *rows]) for i in kept]
+    return sum(widths) + 2 * (len(kept) - 1)
+
+
+def _plain_table(headers: Sequence[str], count: int) -> Table:
+    table = plain_table()
+    for i, header in enumerate(headers):
+        table.add_column(Text(header), no_wrap=0 < i < count - 1, overflow="fold")
+    return table
 
 
 def _cost(summary: ReportSummary) -> str:
-    parts = [f"{format_duration(summary.wall_s)} on {summary.device}"]
-    if summary.tokens_per_s:
-        parts.append(f"{fmt.format_count(summary.num_tokens)} tokens")
-        parts.append(f"{fmt.format_count(summary.tokens_per_s)} tokens/s")
+    cost = summary.cost
+    parts = [f"{format_duration(cost.wall_s)} on {summary.device}"]
+    if cost.tokens_per_s:
+        parts.append(f"{fmt.format_count(cost.num_tokens)} tokens")
+        parts.append(f"{fmt.format_count(cost.tokens_per_s)} tokens/s")
     if summary.highest_peak_bytes:
         parts.append(f"highest peak {fmt.format_memory(summary.highest_peak_bytes)}")
     return f"{wording.progress_text(summary)}; {', '.join(parts)}."

@@ -9,6 +9,7 @@ from rich.text import Text
 from lora_tune.memory.verdict import Verdict
 from lora_tune.report import formatting as fmt
 from lora_tune.report.estimate import TERMS, EstimateReport, GpuRow
+from lora_tune.report.terminal import plain_table, say
 from lora_tune.units import GIB, format_bytes
 
 MOST_CHANGES = 3
@@ -32,12 +33,12 @@ _METHODS = {"closed-form": "closed form", "trace": "trace of a real step"}
 
 def print_estimate(report: EstimateReport, console: Console) -> None:
     """Print the report; a narrow terminal shortens the bars."""
-    _say(console, _title(report), style="bold")
+    say(console, _title(report), style="bold")
     for line in _settings(report):
-        _say(console, line)
+        say(console, line)
     if report.solved is not None:
         console.print()
-        _say(console, _solved(report), style="bold")
+        say(console, _solved(report), style="bold")
     console.print()
     console.print(_terms(report, console))
     console.print()
@@ -46,22 +47,18 @@ def print_estimate(report: EstimateReport, console: Console) -> None:
         console.print()
         console.print(_verdicts(report.gpus, console))
         if any(row.time for row in report.gpus):
-            _say(console, _speed_sources(report), style="dim")
+            say(console, _speed_sources(report), style="dim")
         for row in _explained(report.gpus):
             _print_help(console, row)
         if any(row.fit.verdict is Verdict.TIGHT for row in report.gpus):
-            _say(console, _TIGHT, style="dim")
+            say(console, _TIGHT, style="dim")
     elif report.solved is None:
         console.print()
-        _say(console, _smallest(report))
+        say(console, _smallest(report))
     if report.notes:
         console.print()
     for note in report.notes:
-        _say(console, f"Note: {note}", style="yellow")
-
-
-def _say(console: Console, text: str, *, style: str = "") -> None:
-    console.print(Text(fmt.one_line(text), style=style))
+        say(console, f"Note: {note}", style="yellow")
 
 
 def _title(report: EstimateReport) -> str:
@@ -120,7 +117,7 @@ def _solved(report: EstimateReport) -> str:
 
 
 def _terms(report: EstimateReport, console: Console) -> Table:
-    table = _plain_table()
+    table = plain_table()
     table.add_column("at the peak", no_wrap=True, min_width=15)
     table.add_column("GiB", justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
@@ -138,7 +135,7 @@ def _terms(report: EstimateReport, console: Console) -> Table:
 
 def _totals(report: EstimateReport) -> Table:
     estimate, process = report.estimate, report.process
-    table = _plain_table(header=False)
+    table = plain_table(header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("")
@@ -170,7 +167,7 @@ def _verdicts(rows: Sequence[GpuRow], console: Console) -> Table:
     priced = any(row.time and row.time.cost is not None for row in rows)
     narrow = console.width < (_WIDE if timed else _NARROW)
     sizes = () if narrow else ("usable GiB", "process GiB")
-    table = _plain_table()
+    table = plain_table()
     table.add_column("GPU", no_wrap=True)
     for header in (*sizes, "free GiB"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -228,7 +225,7 @@ def _print_help(console: Console, row: GpuRow) -> None:
     else:
         blame = f"{row.blame.replace('_', ' ')} {format_bytes(terms[row.blame])}"
         why = f"{blame} on top of base weights {base}"
-    _say(console, f"{fit.device.name} does not fit: {why}.", style="bold")
+    say(console, f"{fit.device.name} does not fit: {why}.", style="bold")
     changes = row.changes or ()
     for i, change in enumerate(changes[:MOST_CHANGES]):
         start = "smallest change:" if i == 0 else "or"
@@ -236,9 +233,9 @@ def _print_help(console: Console, row: GpuRow) -> None:
         console.print(Text(text), soft_wrap=True)
     if row.larger_gpu:
         start = "Or a" if changes else "Only a" if row.changes is not None else "A"
-        _say(console, f"{start} larger GPU has room as asked, from {row.larger_gpu} on.")
+        say(console, f"{start} larger GPU has room as asked, from {row.larger_gpu} on.")
     elif not changes:
-        _say(console, "No GPU of the catalogue has room for it. Choose a smaller base model.")
+        say(console, "No GPU of the catalogue has room for it. Choose a smaller base model.")
 
 
 def _smallest(report: EstimateReport) -> str:
@@ -248,12 +245,6 @@ def _smallest(report: EstimateReport) -> str:
     return (
         f"Smallest GPU of the catalogue that fits: {fit.device.name} "
         f"({format_bytes(fit.device.usable_bytes)} usable). --gpu and --all-gpus give verdicts."
-    )
-
-
-def _plain_table(*, header: bool = True) -> Table:
-    return Table(
-        box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_header=header
     )
 
 

@@ -9,7 +9,8 @@ from rich.text import Text
 from lora_tune.catalog.gpus import Gpu
 from lora_tune.catalog.models import CatalogModel
 from lora_tune.report import formatting as fmt
-from lora_tune.report.estimate_study import GpuFrontier, StudyFrontier
+from lora_tune.report.estimate_study import FrontierRow, GpuFrontier, StudyFrontier
+from lora_tune.report.terminal import plain_table, say
 from lora_tune.units import GIB
 
 
@@ -17,7 +18,7 @@ def print_catalogue(
     models: Sequence[tuple[CatalogModel, int]], gpus: Sequence[Gpu], console: Console
 ) -> None:
     """Print the models with their parameters, then the GPUs."""
-    table = _plain_table()
+    table = plain_table()
     table.add_column("model", no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
     table.add_column("hub id", overflow="fold")
@@ -25,7 +26,7 @@ def print_catalogue(
         table.add_row(model.name, _billions(parameters), model.hub_id)
     console.print(table)
     console.print()
-    table = _plain_table()
+    table = plain_table()
     table.add_column("GPU", no_wrap=True)
     for header in ("usable GiB", "GB/s", "bf16 TFLOPS", "capability"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -48,8 +49,8 @@ def print_catalogue(
 
 def print_frontier(frontier: StudyFrontier, console: Console) -> None:
     """Print for each GPU the largest rank of every target set and how its lanes train."""
-    _say(console, f"{frontier.study}: what of its space fits on {frontier.model}", style="bold")
-    _say(
+    say(console, f"{frontier.study}: what of its space fits on {frontier.model}", style="bold")
+    say(
         console,
         f"rows of {fmt.plural(frontier.max_length, 'token')} (data.max_length, the longest a row can "
         f"be), {frontier.safety:.0%} of the memory (memory.safety)",
@@ -58,16 +59,16 @@ def print_frontier(frontier: StudyFrontier, console: Console) -> None:
         console.print()
         name = fmt.one_line(gpu.device.name)
         size = f"{gpu.device.usable_bytes / GIB:.2f} GiB"
-        _say(console, f"{name}, {size}{_hours(gpu)}", style="bold")
+        say(console, f"{name}, {size}{_hours(gpu)}", style="bold")
         if gpu.problem:
             for line in gpu.problem.splitlines():
-                _say(console, line, style="red")
+                say(console, line, style="red")
             continue
-        console.print(_frontier_table(gpu))
+        console.print(frontier_table(gpu.rows, nothing="none fits"))
     if frontier.notes:
         console.print()
     for note in frontier.notes:
-        _say(console, f"Note: {note}", style="yellow")
+        say(console, f"Note: {note}", style="yellow")
 
 
 def _hours(gpu: GpuFrontier) -> str:
@@ -80,16 +81,17 @@ def _hours(gpu: GpuFrontier) -> str:
     return f"; {plan.hours:.3g} h ({plan.hours_low:.2g} to {plan.hours_high:.2g}){cost}"
 
 
-def _frontier_table(gpu: GpuFrontier) -> Table:
-    table = _plain_table()
+def frontier_table(rows: Sequence[FrontierRow], *, nothing: str) -> Table:
+    """Return what fits of every target set; ``nothing`` stands beside a set of which no rank fits."""
+    table = plain_table()
     table.add_column("target set", no_wrap=True, overflow="ellipsis", max_width=24)
     for header in ("largest rank", "lanes", "rows a lane"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("checkpointing", no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
-    for row in gpu.rows:
+    for row in rows:
         if row.plan is None:
-            table.add_row(fmt.one_line(row.target_set), "none fits", style="red")
+            table.add_row(fmt.one_line(row.target_set), nothing, style="red")
             continue
         table.add_row(
             fmt.one_line(row.target_set),
@@ -102,15 +104,7 @@ def _frontier_table(gpu: GpuFrontier) -> Table:
     return table
 
 
-def _say(console: Console, text: str, *, style: str = "") -> None:
-    console.print(Text(fmt.one_line(text), style=style))
-
-
 def _billions(parameters: int) -> str:
     if parameters < 995 * 10**6:
         return f"{parameters / 10**6:.0f} M"
     return f"{parameters / 10**9:.2f} B"
-
-
-def _plain_table() -> Table:
-    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")

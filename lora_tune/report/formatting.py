@@ -52,6 +52,44 @@ def format_percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def format_share(fraction: float) -> str:
+    """Write an estimated share of a variance; one that comes out below zero is none.
+
+    >>> format_share(0.7142), format_share(-0.02)
+    ('71 %', '0 %')
+    """
+    return f"{max(0.0, 100 * fraction):.0f} %"
+
+
+def format_p(p_value: float) -> str:
+    """Write a p value in hundredths, never as an exact zero.
+
+    >>> format_p(0.6123), format_p(0.0341), format_p(2e-7)
+    ('p = 0.61', 'p = 0.03', 'p below 0.01')
+    """
+    return "p below 0.01" if p_value < 0.01 else f"p = {p_value:.2f}"
+
+
+def format_range(low: float, high: float, *, signed: bool = True) -> str:
+    """Write the ends of an interval of differences.
+
+    >>> format_range(-0.0123, 0.0456), format_range(0.01, 0.02, signed=False)
+    ('-0.012 to +0.046', '0.010 to 0.020')
+    """
+    return f"{format_difference(low, signed=signed)} to {format_difference(high, signed=signed)}"
+
+
+def format_metric(value: float) -> str:
+    """Write a metric without digits that a thousand rows could not show.
+
+    >>> format_metric(0.4167), format_metric(0.0123), format_metric(123.44)
+    ('0.42', '0.012', '123.4')
+    """
+    if abs(value) >= 10:
+        return f"{value:,.1f}"
+    return f"{value:.3f}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
+
+
 def format_plain(value: float) -> str:
     """Write a setting such as a dropout or an alpha without needless zeros.
 
@@ -68,6 +106,15 @@ def format_count(count: float) -> str:
     '1,234,567'
     """
     return f"{count:,.0f}"
+
+
+def format_about(count: int) -> str:
+    """Write a count that is an estimate, with 2 significant digits.
+
+    >>> format_about(12345), format_about(142), format_about(7)
+    ('12,000', '140', '7')
+    """
+    return format_count(float(f"{count:.2g}"))
 
 
 def format_memory(num_bytes: int) -> str:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lora_tune.records import LaneReading, ProgressState
 from lora_tune.report import formatting as fmt
+from lora_tune.report.terminal import plain_table, wants_panel
 from lora_tune.units import format_bytes, format_duration
 
 MAX_LANES = 12
@@ -49,7 +50,7 @@ class ProgressView:
         self._last_shown_s: float | None = None
         self._pending: ProgressState | None = None
         self._live: Live | None = None
-        if _wants_panel(self._console, os.environ if environ is None else environ):
+        if wants_panel(self._console, os.environ if environ is None else environ):
             # What a program pipes from standard output must not end up in the panel's stream.
             piped = not sys.stdout.isatty()
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=not piped)
@@ -100,8 +101,7 @@ class ProgressView:
 def progress_line(state: ProgressState) -> str:
     """Return the state as one line for a log."""
     parts = [
-        f"{fmt.one_line(state.phase)}: {state.trials_done}/{state.trials_total} trials"
-        f"{_states_text(state.states)}",
+        f"{fmt.one_line(state.phase)}: {_done_text(state, '/')}",
         fmt.plural(len(state.lanes), "lane"),
         f"best {_best_text(state)}",
         f"{fmt.format_count(state.tokens_per_s)} tokens/s",
@@ -117,36 +117,28 @@ def progress_panel(state: ProgressState) -> Panel:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    facts.add_row(
-        "trials",
-        Text(f"{state.trials_done} of {state.trials_total}{_states_text(state.states)}"),
-    )
+    facts.add_row("done", Text(_done_text(state, " of ")))
     facts.add_row("best", Text(_best_text(state)))
     facts.add_row("speed", Text(f"{fmt.format_count(state.tokens_per_s)} tokens/s"))
     facts.add_row("memory", _memory_bar(state))
     facts.add_row("time", Text(f"{format_duration(state.elapsed_s)} spent, {_left_text(state)}"))
     parts: list[RenderableType] = [facts]
     if state.lanes:
-        parts += [Text(), _lanes_table(state.lanes[:MAX_LANES])]
+        parts += [Text(), _lanes_table(state.lanes[:MAX_LANES], dict(state.names))]
     if len(state.lanes) > MAX_LANES:
         parts.append(Text(f"... and {fmt.plural(len(state.lanes) - MAX_LANES, 'lane')} more"))
     return Panel(Group(*parts), title=Text(fmt.one_line(state.phase)), title_align="left")
 
 
-def _wants_panel(console: Console, environ: Mapping[str, str]) -> bool:
-    plain = environ.get("NO_COLOR") or environ.get("CI")
-    return console.is_terminal and not console.is_dumb_terminal and not plain
-
-
-def _lanes_table(lanes: tuple[LaneReading, ...]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+def _lanes_table(lanes: tuple[LaneReading, ...], names: Mapping[int, str]) -> Table:
+    table = plain_table()
     for header in ("trial", "rung", "step", "loss"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("", ratio=1)
     for lane in lanes:
         table.add_row(
-            str(lane.trial),
-            str(lane.rung),
+            fmt.one_line(names.get(lane.trial, str(lane.trial))),
+            str(lane.rung) if lane.trial >= 0 else fmt.NOTHING,
             f"{lane.step}/{lane.end_step}",
             fmt.format_loss(lane.train_loss),
             ProgressBar(total=max(lane.end_step, 1), completed=lane.step, width=24),
@@ -175,6 +167,13 @@ def _best_text(state: ProgressState) -> str:
 
 def _left_text(state: ProgressState) -> str:
     return "time left unknown" if state.left_s is None else f"{format_duration(state.left_s)} left"
+
+
+def _done_text(state: ProgressState, of: str) -> str:
+    """Return how many trials have ended or, in the confirmation, how many of its runs."""
+    if state.runs_total:
+        return f"{state.runs_done}{of}{state.runs_total} runs with fresh seeds"
+    return f"{state.trials_done}{of}{state.trials_total} trials{_states_text(state.states)}"
 
 
 def _states_text(states: Mapping[str, int]) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_tune.records import StudySnapshot, TrialRecord
+from lora_tune.records import StudySnapshot, TrialRecord, TrialState
 from lora_tune.report import formatting as fmt
-from lora_tune.report.summary import effective_step, measured_peak
+from lora_tune.report.ranking import effective_step, kept_early, measured_peak
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +33,28 @@ def _speed_text(trial: TrialRecord) -> str:
     return fmt.NOTHING if speed is None else fmt.format_count(speed)
 
 
-def _reason_text(trial: TrialRecord) -> str:
-    return fmt.one_line(trial.reason)
+def remark(trial: TrialRecord) -> str:
+    """Return why a trial ended as it did, what it repeats, and where it differs from the proposal."""
+    parts = [fmt.one_line(trial.reason)]
+    if trial.repeats is not None and f"trial {trial.repeats}" not in trial.reason:
+        parts.append(f"same as trial {trial.repeats}")
+    if trial.suggested.rank != trial.config.rank:
+        parts.append(f"rank {trial.suggested.rank} proposed")
+    if trial.kept is not None and kept_early(trial):
+        parts.append(f"overfitted, step {trial.kept.steps} kept")
+    return "; ".join(part for part in parts if part)
+
+
+def _steps_text(trial: TrialRecord) -> str:
+    if trial.state is TrialState.CACHED or not trial.steps:
+        return fmt.NOTHING
+    if trial.kept is not None and kept_early(trial):
+        return f"{trial.kept.steps} of {trial.steps}"
+    return str(trial.steps)
+
+
+def _loss_text(trial: TrialRecord) -> str:
+    return fmt.format_loss(trial.kept.eval_loss if trial.kept else None)
 
 
 ALWAYS = 100
@@ -53,24 +73,30 @@ TRIAL_COLUMNS = (
         header="targets", text=lambda t: fmt.one_line(t.config.target_set), keep=10, numeric=False
     ),
     Column(header="lr", text=lambda t: fmt.format_scientific(t.config.learning_rate), keep=ALWAYS),
-    Column(header="steps", text=lambda t: str(t.steps) if t.steps else fmt.NOTHING, keep=8),
-    Column(header="loss", text=lambda t: fmt.format_loss(t.best_loss), keep=ALWAYS),
+    Column(header="steps", text=_steps_text, keep=8),
+    Column(header="loss", text=_loss_text, keep=ALWAYS),
     Column(header="predicted", text=lambda t: fmt.format_memory(t.predicted_bytes), keep=4),
     Column(header="measured", text=lambda t: fmt.format_memory(measured_peak(t)), keep=6),
     Column(header="tokens/s", text=_speed_text, keep=2),
-    Column(header="reason", text=_reason_text, keep=1, numeric=False),
+    Column(header="remark", text=remark, keep=1, numeric=False),
 )
 
 
 def trial_row(trial: TrialRecord, *, num_rungs: int) -> dict[str, object]:
-    """Return one trial as a flat row of unrounded values, None where there is none."""
+    """Return one trial as a flat row of unrounded values, None where there is none.
+
+    What was trained comes first (``rank``, ``lora_alpha``, ...); ``suggested_*`` is what the sampler
+    had proposed, before the clamp to the memory budget. ``repeats`` is the earlier trial whose result
+    a cached one has; ``kept_steps`` is below ``steps`` for a trial that overfitted.
+    """
     losses = {r.rung: r.eval_loss for r in trial.rungs}
-    last = trial.rungs[-1] if trial.rungs else None
+    last, kept = trial.rungs[-1] if trial.rungs else None, trial.kept
     config, suggested = trial.config, trial.suggested
     return {
         "trial": trial.number,
         "state": trial.state.value,
         "origin": _utf8(trial.origin),
+        "repeats": trial.repeats,
         "rank": config.rank,
         "lora_alpha": config.lora_alpha,
         "alpha_ratio": config.lora_alpha / config.rank,
@@ -86,6 +112,8 @@ def trial_row(trial: TrialRecord, *, num_rungs: int) -> dict[str, object]:
         "steps": last.steps if last else None,
         "eval_loss": last.eval_loss if last else None,
         "eval_rows": len(last.evaluation.label_counts) if last else None,
+        "kept_steps": kept.steps if kept else None,
+        "kept_loss": kept.eval_loss if kept else None,
         **{f"eval_loss_rung_{rung}": losses.get(rung) for rung in range(num_rungs)},
         "predicted_bytes": trial.predicted_bytes,
         "peak_bytes": measured_peak(trial) or None,
@@ -122,5 +150,5 @@ def trials_frame(snapshot: StudySnapshot) -> "pd.DataFrame":
     frame = pd.DataFrame([trial_row(t, num_rungs=num_rungs) for t in snapshot.trials])
     if frame.empty:
         return pd.DataFrame(columns=["trial", "state"])
-    whole = ["rung", "steps", "eval_rows", "peak_bytes", "pack_lanes"]
+    whole = ["repeats", "rung", "steps", "eval_rows", "kept_steps", "peak_bytes", "pack_lanes"]
     return frame.astype(dict.fromkeys(whole, "Int64"))

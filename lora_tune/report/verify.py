@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_tune.report import formatting as fmt
-from lora_tune.report.progress import _wants_panel
+from lora_tune.report.terminal import plain_table, say, wants_panel
 from lora_tune.units import format_duration
 
 # Largest relative difference of the evaluation loss at the end of training that rounding explains. Seen
@@ -181,7 +181,7 @@ def print_verification(found: Verification, console: Console) -> None:
     """Print both sides, the seed noise and the verdict."""
     lanes = f"; up to {fmt.plural(found.most_lanes, 'lane')} a pack" if found.most_lanes > 1 else ""
     base = "NF4" if found.quantization == "nf4" else "not quantized"
-    _say(
+    say(
         console,
         f"Trial {found.trial} of {found.study}, {fmt.plural(found.num_steps, 'step')} to the end of rung "
         f"{found.rung}{lanes}; base {base}, {found.compute_dtype} on {found.device}",
@@ -189,19 +189,19 @@ def print_verification(found: Verification, console: Console) -> None:
     console.print()
     console.print(_table(found))
     console.print()
-    _say(console, _evaluation_sentence(found))
-    _say(console, _seed_sentence(found))
+    say(console, _evaluation_sentence(found))
+    say(console, _seed_sentence(found))
     if found.compute_dtype != "float32":
-        _say(
+        say(
             console,
             f"{found.compute_dtype} rounds: packed lanes and PEFT multiply in another order, and PEFT "
             "multiplies adapters in float32, so their losses differ in the third digit.",
         )
-    _say(console, f"Verdict: {verdict(found)}", style="bold green" if found.agrees else "bold red")
+    say(console, f"Verdict: {verdict(found)}", style="bold green" if found.agrees else "bold red")
 
 
 def _table(found: Verification) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table = plain_table()
     table.add_column("loss", no_wrap=True, overflow="ellipsis")
     for header in ("packed", "plain PEFT", "relative difference"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -284,10 +284,6 @@ def _finite(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
-def _say(console: Console, text: str, *, style: str = "") -> None:
-    console.print(Text(fmt.one_line(text), style=style))
-
-
 class VerifyView:
     """Shows how the plain runs go: a bar on a terminal, a line now and then anywhere else."""
 
@@ -303,7 +299,7 @@ class VerifyView:
         self._clock = clock
         self._last_line_s = clock()
         self._bar: Progress | None = None
-        if _wants_panel(self._console, os.environ):
+        if wants_panel(self._console, os.environ):
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("loading the base model", total=None)

@@ -1,36 +1,72 @@
 """The sentences that console, Markdown and model card share. Plain text, not escaped."""
 
 from lora_tune.memory.calibration import QUANTILE, least_residuals
-from lora_tune.records import StudyLock
+from lora_tune.records import StudyLock, TrialConfig, TrialState
 from lora_tune.report import formatting as fmt
+from lora_tune.report import verdict
+from lora_tune.report.cost import CostSummary
 from lora_tune.report.memory import MemorySummary, format_residual
-from lora_tune.report.statistics import Interval
-from lora_tune.report.summary import (
-    ConfirmationSummary,
-    Outcome,
-    PairedComparison,
-    ReportSummary,
-    RungCorrelation,
-    spec_value,
-)
+from lora_tune.report.rivals import PairedComparison
+from lora_tune.report.rungs import RungCorrelation
+from lora_tune.report.summary import Outcome, ReportSummary
+from lora_tune.stats.redundancy import Redundancy
+from lora_tune.units import format_duration
+
+SIGNIFICANCE = 0.05
 
 
 def recommendation(summary: ReportSummary) -> str:
-    """Return what to use and why, in one paragraph."""
+    """Return what to use, the verdict against the default, and the confirmed loss: one paragraph."""
+    return " ".join(text for text in (headline(summary), *conclusions(summary)) if text)
+
+
+def headline(summary: ReportSummary) -> str:
+    """Return what to use, or why nothing can be recommended."""
     if summary.outcome is Outcome.NOTHING:
-        return (
-            f"Nothing can be recommended: none of {fmt.plural(_count(summary), 'trial')} "
-            f"succeeded ({states_text(summary)}). The reasons are in the table of trials."
-        )
+        return _nothing(summary)
     if summary.config is None:
         return f"Nothing can be recommended yet: {progress_text(summary)}, none with a result."
-    settings = settings_text(summary)
-    if summary.confirmation is None:
+    settings = settings_text(summary.config)
+    c = summary.confirmation
+    if c is None or c.decision is None or summary.chosen is None:
+        confirmed = "It was not confirmed on unseen rows." if c is None else "Not confirmed yet."
         return (
-            f"Unfinished ({progress_text(summary)}); the best so far is trial {summary.leader}: "
-            f"{settings}. It was not confirmed on unseen rows."
+            f"Unfinished ({progress_text(summary)}{runs_text(summary)}); the best so far is trial "
+            f"{summary.leader}: {settings}. {confirmed}"
         )
-    return f"{_verdict(summary, settings)} {confirmed_loss(summary.confirmation)}"
+    who = f"{c.call(summary.chosen)}: {settings}"
+    interval = c.base.reduction_interval if c.base else None
+    if interval is not None and interval.high < 0:
+        return f"Keep the untuned base: the best configuration is worse than it ({who})."
+    if interval is not None and interval.low <= 0:
+        return f"No measurable difference from the untuned base: the best configuration is {who}."
+    return f"Use {who}."
+
+
+def conclusions(summary: ReportSummary) -> list[str]:
+    """Return the verdict and the confirmed loss against the untuned base; nothing before the decision."""
+    c = summary.confirmation
+    if c is None or c.decision is None:
+        return []
+    anchor = verdict.anchor_tie_sentence(c, summary.tied_anchor)
+    sentences = [f"{verdict.verdict_sentence(c)} {anchor}".rstrip()]
+    if c.base is not None:
+        sentences.append(verdict.base_sentence(c, c.base))
+    return sentences
+
+
+def _nothing(summary: ReportSummary) -> str:
+    c = summary.confirmation
+    if c is not None:
+        reasons = "; ".join(f"{x.name}, {reason}" for x in c.candidates for reason in x.reasons[:1])
+        return (
+            f"Nothing can be recommended: none of {fmt.plural(len(c.candidates), 'candidate')} came "
+            f"through its confirmation ({fmt.one_line(reasons)})."
+        )
+    return (
+        f"Nothing can be recommended: none of {fmt.plural(_count(summary), 'trial')} "
+        f"succeeded ({states_text(summary)}). The reasons are in the table of trials."
+    )
 
 
 def memory_sentences(summary: ReportSummary) -> list[str]:
@@ -68,11 +104,8 @@ def _margin_origin(memory: MemorySummary) -> str:
     return f"that of memory.safety; {needed}"
 
 
-def settings_text(summary: ReportSummary) -> str:
-    """Return the leader's searched settings, separated by commas."""
-    config = summary.config
-    if config is None:
-        return ""
+def settings_text(config: TrialConfig) -> str:
+    """Return the searched settings as they were trained, separated by commas."""
     return (
         f"rank {config.rank}, lora_alpha {fmt.format_plain(config.lora_alpha)}, "
         f"dropout {fmt.format_plain(config.lora_dropout)}, "
@@ -81,59 +114,73 @@ def settings_text(summary: ReportSummary) -> str:
     )
 
 
-def confirmed_loss(confirmation: ConfirmationSummary) -> str:
-    """Return the confirmed loss of the winner against the untuned base, with intervals."""
-    c = confirmation
-    change = "below" if c.relative_reduction >= 0 else "above"
-    return (
-        f"On {fmt.plural(c.num_examples, 'row')} that the search never saw its loss is "
-        f"{fmt.format_loss(c.winner_loss)} nats per token"
-        f"{interval_text(c.winner_interval)}, {fmt.format_percent(abs(c.relative_reduction))} "
-        f"{change} the untuned base's {fmt.format_loss(c.base_loss)}."
-    )
-
-
-def reduction_text(confirmation: ConfirmationSummary) -> str:
-    """Return the relative reduction of the loss with its interval."""
-    interval = confirmation.reduction_interval
-    text = fmt.format_percent(confirmation.relative_reduction)
-    if interval is None:
-        return text
-    low, high = fmt.format_percent(interval.low), fmt.format_percent(interval.high)
-    return f"{text} (95 % interval {low} to {high})"
-
-
-def interval_text(interval: Interval | None) -> str:
-    """Return an interval of losses in brackets with a space before it, or nothing."""
-    if interval is None:
+def runs_text(summary: ReportSummary) -> str:
+    """Return how far the confirmation is, with a comma before it; nothing before it began."""
+    c = summary.confirmation
+    if c is None:
         return ""
-    low, high = fmt.format_loss(interval.low), fmt.format_loss(interval.high)
-    return f" (95 % interval {low} to {high})"
+    return f"; confirmation: {c.num_runs} of {fmt.plural(c.num_runs_planned, 'run')}"
 
 
 def certainty(summary: ReportSummary) -> list[str]:
     """Return how far the recommendation can be trusted, one statement an item."""
-    items = []
-    if summary.confirmation is not None:
-        items += _confirmation_items(summary.confirmation)
+    c = summary.confirmation
+    if c is not None and c.decision is not None:
+        items = verdict.confirmation_items(c)
     else:
+        items = _unconfirmed_items(summary)
+    if summary.anchors_only:
         items.append(
-            "The losses below are from the rows on which trials were chosen. The best of many "
-            "looks better there than it is; rows kept for the confirmation were not opened."
+            "The data are too small to compare short trainings: only the known good starting points "
+            "(anchors) were tried, each at full length."
         )
-    if summary.leader is not None:
-        items.append(runner_up_sentence(summary))
-        items.append(anchor_sentence(summary))
-    items.append(
-        "One seed: each trial was trained once, and no comparison with fresh seeds was made. The "
-        "intervals cover the choice of evaluation rows, not the chance in initialisation, "
-        "dropout and data order."
-    )
-    items += [
+    if summary.kept_early is not None:
+        kept, trained = summary.kept_early
+        items.append(
+            f"Trial {summary.leader} was better after {kept} steps than after {trained}: trained "
+            f"longer it overfitted, so the state of step {kept} counts."
+        )
+    if summary.first_rung_place is not None and len(summary.rungs) > 1:
+        place, count = summary.first_rung_place
+        items.append(
+            f"At the first rung ({summary.rungs[0].steps} steps) trial {summary.leader} was number "
+            f"{place} of {count}."
+        )
+    if summary.redundancy is not None:
+        items.append(redundancy_sentence(summary.redundancy))
+    return items + [
         f"The order of trials at rung {c.rung} against rung {c.next_rung}: rank correlation "
-        f"{c.spearman:.2f} over the {c.num_trials} trials that reached both{_other_rows(c)}."
+        f"{c.spearman:.2f} (1 is the same order) over the {c.num_trials} trials that reached both"
+        f"{_other_rows(c)}."
         for c in summary.correlations
     ]
+
+
+def redundancy_sentence(redundancy: Redundancy) -> str:
+    """Say whether the alpha ratio was a setting of its own on the study's trials."""
+    step, ratio = (fmt.format_share(x) for x in (redundancy.step, redundancy.ratio))
+    verdict_text = "was as good as redundant with the learning rate here"
+    if redundancy.p_value < SIGNIFICANCE:
+        verdict_text = "mattered by itself here"
+    return (
+        f"Learning rate and alpha ratio: of the differences between {redundancy.num_trials} trials at "
+        f"the first rung the effective step (learning rate times lora_alpha / 32) explains {step} "
+        f"beyond rank, and the ratio {ratio} more ({fmt.format_p(redundancy.p_value)}): the ratio "
+        f"{verdict_text}."
+    )
+
+
+def _unconfirmed_items(summary: ReportSummary) -> list[str]:
+    items = [
+        "The losses below are from the rows on which trials were chosen. The best of many "
+        "looks better there than it is; what the rows kept for the confirmation say is not known yet."
+    ]
+    if summary.leader is not None:
+        items += [runner_up_sentence(summary), anchor_sentence(summary)]
+    items.append(
+        "One seed: each trial was trained once. The intervals cover the choice of evaluation rows, "
+        "not the chance in initialisation, dropout and data order."
+    )
     return items
 
 
@@ -142,37 +189,6 @@ def _other_rows(c: RungCorrelation) -> str:
     if c.eval_rows == c.next_eval_rows:
         return ""
     return f", on {c.eval_rows} and {c.next_eval_rows} selection rows"
-
-
-def _confirmation_items(c: ConfirmationSummary) -> list[str]:
-    base = f"untuned base {fmt.format_loss(c.base_loss)}{interval_text(c.base_interval)}"
-    items = [
-        f"Confirmed on {fmt.plural(c.num_examples, 'unseen row')} "
-        f"({fmt.plural(c.num_labels, 'target token')}, computed in {fmt.one_line(c.compute_dtype)}): "
-        f"loss {fmt.format_loss(c.winner_loss)}{interval_text(c.winner_interval)}, {base}. "
-        f"Relative reduction {reduction_text(c)}."
-    ]
-    if c.difference_standard_error is not None:
-        items.append(
-            f"Paired difference to the base {fmt.format_difference(c.difference)} nats per token, "
-            f"standard error {fmt.format_difference(c.difference_standard_error, signed=False)} "
-            "(clustered by row)."
-        )
-    if c.selection_loss is not None:
-        dtype = ""
-        if c.selection_dtype != c.compute_dtype:
-            dtype = f", computed in {fmt.one_line(c.selection_dtype or '')}"
-        base_gap = ""
-        if c.base_selection_loss is not None:
-            change = fmt.format_difference(c.base_loss - c.base_selection_loss)
-            base_gap = f" (for the untuned base, between the same rows, it is {change})"
-        items.append(
-            f"The search saw {fmt.format_loss(c.selection_loss)} on {c.selection_examples} selection "
-            f"rows{dtype}; "
-            f"the step from there to the confirmed loss is {fmt.format_difference(c.gap)}"
-            f"{base_gap}. Quote the confirmed loss."
-        )
-    return items
 
 
 def runner_up_sentence(summary: ReportSummary) -> str:
@@ -232,6 +248,22 @@ def _noise_text(rival: PairedComparison) -> str:
     return f"more than noise{numbers}{margin}"
 
 
+def forecast_sentence(cost: CostSummary) -> str:
+    """Return what was forecast beside what it took; nothing without a forecast."""
+    forecast = cost.forecast
+    if forecast is None:
+        return ""
+    source = "measured speed" if forecast.measured else "the GPU's data sheet"
+    text = f"Forecast {format_duration(forecast.total_s)} (by {source}, nothing ending early)"
+    if cost.forecast_error is None:
+        return f"{text}; {format_duration(cost.wall_s)} spent so far."
+    side = "longer" if cost.forecast_error >= 0 else "less"
+    return (
+        f"{text}, took {format_duration(cost.wall_s)}: "
+        f"{abs(100 * cost.forecast_error):.0f} % {side}."
+    )
+
+
 def states_text(summary: ReportSummary) -> str:
     """Return the number of trials in each state, largest first."""
     ordered = sorted(summary.states.items(), key=lambda item: (-item[1], item[0]))
@@ -240,38 +272,14 @@ def states_text(summary: ReportSummary) -> str:
 
 def progress_text(summary: ReportSummary) -> str:
     """Return how many trials there are, of how many planned, and their states."""
-    count = _count(summary)
+    repeats = summary.states.get(TrialState.CACHED.value, 0)
+    count = _count(summary) - repeats
     planned = summary.trials_planned
-    of = f" of {planned}" if planned is not None and planned != count else ""
-    return f"{count}{of} trials: {states_text(summary)}"
-
-
-def schedule_text(lock: StudyLock) -> str:
-    """Say under which training a learning rate of this study was found."""
-    steps = max(lock.rungs, default=0)
-    batch = setting_text(lock, "train", "effective_batch_size")
-    optimizer = setting_text(lock, "train", "optimizer")
-    name = "AdamW" if optimizer == "adamw" else optimizer
-    return (
-        f"{name}, effective batch size {batch}, {fmt.plural(steps, 'step')}, "
-        f"{fmt.plural(lock.warmup_steps, 'warm-up step')}, then {decay_text(lock)}"
-    )
-
-
-def decay_text(lock: StudyLock) -> str:
-    """Return the learning rate's course after the warm-up."""
-    cooldown = spec_value(lock.spec, "train", "cooldown_ratio")
-    if not isinstance(cooldown, int | float) or cooldown == 0:
-        return "constant"
-    return f"constant, falling linearly to zero over the last {100 * cooldown:.0f} % of the steps"
-
-
-def setting_text(lock: StudyLock, section: str, key: str) -> str:
-    """Return a key of the resolved study file as text."""
-    value = spec_value(lock.spec, section, key)
-    if value is None:
-        return "not recorded"
-    return fmt.format_plain(value) if isinstance(value, float) else fmt.one_line(str(value))
+    done = fmt.plural(count, "trial")
+    if planned is not None and planned != count:
+        done = f"{count} of {fmt.plural(planned, 'trial')}"
+    also = f" and {fmt.plural(repeats, 'repeat')}" if repeats else ""
+    return f"{done}{also}: {states_text(summary)}"
 
 
 def next_step(summary: ReportSummary, lock: StudyLock) -> str:
@@ -281,17 +289,6 @@ def next_step(summary: ReportSummary, lock: StudyLock) -> str:
     if summary.outcome is Outcome.NOTHING:
         return "mend the study file by the reasons above, then run it under a new name"
     return "load the adapter as shown in the report"
-
-
-def _verdict(summary: ReportSummary, settings: str) -> str:
-    assert summary.confirmation is not None
-    interval = summary.confirmation.reduction_interval
-    who = f"trial {summary.leader} ({settings})"
-    if interval is not None and interval.low > 0:
-        return f"Use {who}."
-    if interval is not None and interval.high < 0:
-        return f"Keep the untuned base: the best of the search, {who}, is worse than it."
-    return f"No measurable difference from the untuned base: the best of the search is {who}."
 
 
 def _count(summary: ReportSummary) -> int:

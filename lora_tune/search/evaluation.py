@@ -7,7 +7,7 @@ gradients of activations, about a forward pass; three when backward computes the
 import math
 from dataclasses import dataclass
 
-from lora_tune.search.ladder import start_steps
+from lora_tune.search.plan import start_steps
 
 MOST_EVAL_SHARE = 0.2  # cost of a rung's evaluation, as a share of its training
 MIN_EVAL_ROWS = 8  # whatever they cost: fewer rows do not tell trials apart
@@ -21,6 +21,11 @@ class RungCosts:
     cooldown_ratio: float
     effective_batch_size: int
     gradient_checkpointing: bool
+
+    @property
+    def passes(self) -> int:
+        """What a row trained costs, in passes forward through the base."""
+        return 3 if self.gradient_checkpointing else 2
 
     def steps(self, rung: int) -> int:
         """Return the optimizer steps that a trial trains at a rung."""
@@ -36,8 +41,7 @@ class RungCosts:
         >>> costs.eval_share(0, 32)
         0.2
         """
-        passes = 3 if self.gradient_checkpointing else 2
-        return rows / (self.steps(rung) * self.effective_batch_size * passes)
+        return rows / (self.steps(rung) * self.effective_batch_size * self.passes)
 
     def eval_rows(self, selection_rows: int, *, whole_at_last: bool) -> tuple[int, ...]:
         """Return how many rows each rung is evaluated on: the first ones of the selection split.

@@ -4,12 +4,12 @@ For every target set the largest rank of the space that fits; then how a pack tr
 gradient checkpointing, and how many lanes are possible. Everything comes from the closed form.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from lora_tune.catalog.targets import named_sets, resolve_target_set, set_label
-from lora_tune.errors import InfeasibleError
+from lora_tune.errors import InfeasibleError, ModelError, StudyFileError
 from lora_tune.memory.estimate import estimate_memory, trainable_parameters
 from lora_tune.memory.fit import explain_no_fit, largest_that_fits
 from lora_tune.memory.request import LaneShape, MemoryRequest
@@ -287,6 +287,35 @@ def resolve_sets(
     missing = [name for name in wanted if name not in known]
     notes = [f"target sets that this model does not have: {', '.join(missing)}."] if missing else []
     return {name: known[name] for name in wanted if name in known}, notes
+
+
+def check_base_config(spec: StudySpec, config: Mapping[str, object]) -> None:
+    """Refuse a base that would train wrongly without a word.
+
+    Args:
+        spec: The study.
+        config: The base's config.json.
+
+    Raises:
+        ModelError: It is quantized already, or a mixture of experts.
+        StudyFileError: ``data.max_length`` is longer than its positions.
+    """
+    if config.get("quantization_config") is not None:
+        raise ModelError(
+            f'model.base "{spec.model.base}" is quantized already. Give the unquantized model; '
+            "model.quantization makes it NF4."
+        )
+    experts = [config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    if any(isinstance(count, int) and count > 1 for count in experts):
+        raise ModelError(
+            f'model.base "{spec.model.base}" is a mixture of experts, which cannot be packed yet.'
+        )
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(longest, int) and spec.data.max_length > longest:
+        raise StudyFileError(
+            f"data.max_length is {spec.data.max_length}, but {config.get('model_type')} models of this size "
+            f"have {longest} positions. Write {longest} or less."
+        )
 
 
 def _micro_batch_sizes(train: TrainSection) -> list[int]:

@@ -1,13 +1,19 @@
 """The ladder: rung 0 for every trial, then the best quarter goes on, rung by rung.
 
 All decisions are functions of the trial records, so a study that is opened again goes on as if it had
-never stopped, and results may come back in any order. Trials are proposed in generations of
-``window``: a generation is asked for when all earlier ones have been told, in the order of their
-numbers, so that a proposal never depends on which lane was faster.
+never stopped, and results may come back in any order. Trial n is proposed when trials 0 to n - window
+have ended their first rung, and Optuna has then been told of exactly these, in the order of their numbers:
+a proposal never depends on which lane was faster, and a slot need not wait for a whole generation.
+
+A proposal that comes to the configuration of an earlier trial is answered from that one's record: it is
+told, but neither trained nor counted.
+
+With three rungs or more the first promotion adds one trial that nobody proposed, the half step; see
+``promotion``. With two it would be a whole extra run.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,66 +27,46 @@ from lora_tune.records import (
     TrialRecord,
     TrialState,
 )
+from lora_tune.search.fail_fast import loss_limits
+from lora_tune.search.plan import hold_step_of, seats, start_steps
+from lora_tune.search.promotion import (
+    ENDED_EARLY,
+    HALF_STEP,
+    choose_finalists,
+    half_step_of_leader,
+    promoted,
+)
 from lora_tune.search.proposals import Proposer
-from lora_tune.search.space import SearchSpace
-from lora_tune.units import GIB
+from lora_tune.search.space import SearchSpace, describe, training_key
 
-PROMOTED_SHARE = 4  # one of so many goes on to the next rung
 FALLBACK_PENALTY = 20.0  # nats; only when no finite loss is known: above ln of any vocabulary
-MEMORY_STEP = GIB // 2  # memory differences below this do not make a configuration cheaper
-
-_ENDED = (TrialState.DIVERGED, TrialState.INFEASIBLE, TrialState.FAILED)
+MOST_REPEATS = (
+    8  # proposals in a row that were answered from records, before a step alone is asked for
+)
+# and before the space counts as exhausted: twice as many steps have been tried in vain
+LAST_REPEAT = 3 * MOST_REPEATS
+LEAST_RUNGS_OF_HALF_STEP = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LadderPlan:
     """Sizes of the ladder, all counts in optimizer steps or trials."""
 
-    num_trials: int
+    num_trials: int  # that are trained; answers from records and the half step come on top
     rungs: tuple[int, ...]
     warmup_steps: int
     cooldown_ratio: float
-    window: int  # trials proposed at once
+    window: int  # trial n is proposed from the results of trials 0 to n - window
     budget_bytes: int
     eval_rows: tuple[int, ...] = ()  # selection rows used at each rung; empty: all of them
+    practical_margin: float = 0.005  # relative loss difference that is called a tie
+    clusters: tuple[int, ...] = ()  # of each selection row; empty: each row is its own
+    half_step: bool = False  # try half the step of rung 0's leader
 
 
-def rung_steps(shares: Iterable[float], *, total_steps: int, min_steps: int) -> tuple[int, ...]:
-    """Return the optimizer steps at the end of each rung; rungs that coincide are merged.
-
-    >>> rung_steps((0.125, 0.5, 1.0), total_steps=800, min_steps=50)
-    (100, 400, 800)
-    >>> rung_steps((0.125, 0.5, 1.0), total_steps=60, min_steps=50)
-    (50, 60)
-    """
-    steps = {min(total_steps, max(min_steps, round(share * total_steps))) for share in shares}
-    return tuple(sorted(steps | {total_steps}))
-
-
-def start_steps(rungs: Sequence[int], *, cooldown_ratio: float) -> tuple[int, ...]:
-    """Return the step at which a trial enters each rung: where the state of the last one was kept.
-
-    >>> start_steps((100, 400, 800), cooldown_ratio=0.2)
-    (0, 80, 320)
-    """
-    return (0, *(_hold_step(end, cooldown_ratio) for end in rungs[:-1]))
-
-
-def planned_steps(rungs: Sequence[int], *, cooldown_ratio: float, num_trials: int) -> int:
-    """Return the optimizer steps of all trials and rungs, when none ends early.
-
-    >>> planned_steps((100, 400, 800), cooldown_ratio=0.2, num_trials=8)  # then 2 trials, then 1
-    1920
-    """
-    total, trials = 0, num_trials
-    for start, end in zip(start_steps(rungs, cooldown_ratio=cooldown_ratio), rungs, strict=True):
-        total += trials * (end - start)
-        trials = max(1, math.ceil(trials / PROMOTED_SHARE))
-    return total
-
-
-def _hold_step(end: int, cooldown_ratio: float) -> int:
-    return max(1, end - round(cooldown_ratio * end))
+def num_counted(records: Iterable[TrialRecord]) -> int:
+    """Return how many trials count against ``num_trials``: not the cached ones, not the half step."""
+    return sum(r.state is not TrialState.CACHED and r.origin != HALF_STEP for r in records)
 
 
 class Ladder:
@@ -120,7 +106,11 @@ class Ladder:
         self._trial_folder = trial_folder
         self._out_of_time = out_of_time
         self._closed = False  # no new trial will be proposed
-        self._tell_generations()
+        self._choices: dict[tuple[int, int, int, int], list[int]] = {}
+        self._num_told = 0  # trials of which Optuna knows the outcome: the first ones
+        while self._num_told in self.records and proposer.is_told(self._num_told):
+            self._num_told += 1
+        self._tell_rest()
 
     def next_jobs(self, count: int) -> list[LaneJob]:
         """Return up to ``count`` segments to train now; none when all waits for running ones."""
@@ -161,14 +151,14 @@ class Ladder:
                 first_loss=next((p.train_loss for p in outcome.points), None),
             )
         self._store(record)
-        self._tell_generations()
+        self._tell_rest()
         return record
 
-    def select_winner(self, *, practical_margin: float) -> TrialRecord:
-        """Mark what was not promoted as pruned and return the trial to recommend.
+    def finalists(self, count: int) -> list[TrialRecord]:
+        """Mark what was not promoted as pruned and return the trials to confirm, best first.
 
-        Of the trials at the last rung whose loss is within ``practical_margin`` (relative) of the best,
-        the cheapest wins: predicted memory in steps of half a GiB, then rank, then dropout, then loss.
+        The ``count`` trials of lowest loss among those at the end of the last rung, each by its best state;
+        one more when its paired 90 % interval against the last of them includes zero.
 
         Raises:
             AllTrialsFailedError: No trial reached the last rung.
@@ -176,48 +166,60 @@ class Ladder:
         for record in list(self.records.values()):
             if record.state is TrialState.RUNNING:
                 self._store(replace(record, state=TrialState.PRUNED))
-        finished = [r for r in self.records.values() if r.state is TrialState.COMPLETE]
-        if not finished:
+        found = choose_finalists(
+            self.records.values(),
+            count,
+            num_rungs=len(self.plan.rungs),
+            clusters=self.plan.clusters,
+        )
+        if not found:
             reasons = sorted({record.reason for record in self.records.values() if record.reason})
             raise AllTrialsFailedError(
                 f"none of the {len(self.records)} trials can be recommended: all ended early. "
                 f"Reasons: {'; '.join(reasons[:3])}. Lower space.learning_rate, or see trials.csv."
             )
-        best = min(record.rungs[-1].eval_loss for record in finished)
-        tied = [r for r in finished if r.rungs[-1].eval_loss <= best * (1 + practical_margin)]
-        return min(
-            tied,
-            key=lambda r: (
-                r.predicted_bytes // MEMORY_STEP,
-                r.config.rank,
-                r.config.lora_dropout,
-                r.rungs[-1].eval_loss,
-            ),
-        )
+        return found
 
     @property
     def best(self) -> TrialRecord | None:
         """The lowest loss at the highest rung that any trial has reached."""
-        scored = [r for r in self.records.values() if r.rungs and r.state not in _ENDED]
+        scored = [r for r in self.records.values() if r.rungs and r.state not in ENDED_EARLY]
         if not scored:
             return None
         return min(scored, key=lambda r: (-len(r.rungs), r.rungs[-1].eval_loss))
 
     def planned_steps(self) -> int:
-        """Return the optimizer steps of all trials and rungs that the plan foresees."""
-        return planned_steps(
-            self.plan.rungs,
-            cooldown_ratio=self.plan.cooldown_ratio,
-            num_trials=self.plan.num_trials,
-        )
+        """Return the optimizer steps of all trials and rungs, as far as they are known.
+
+        Of a rung whose trials are chosen those of these, ties and the half step among them; of a later one
+        those of the nominal seats. Never less than what is finished, and equal to it in the end.
+        """
+        num_trials = sum(r.state is not TrialState.CACHED for r in self.records.values())
+        if not self._rung_zero_done():
+            num_trials = max(self.plan.num_trials, num_trials)
+        planned, chosen = num_trials * self._segment_steps(0), dict(self._choices_made())
+        for rung in range(1, len(self.plan.rungs)):
+            if rung in chosen:
+                num_trials = len(self._trained(rung) | set(chosen[rung]))
+            else:
+                num_trials = max(seats(num_trials)[0], len(self._trained(rung)))
+            planned += num_trials * self._segment_steps(rung)
+        return planned
 
     def finished_steps(self) -> int:
         """Return the optimizer steps of all finished segments; one that ended early counts whole."""
-        done = 0
-        for record in self.records.values():
-            early = record.state in _ENDED and len(record.rungs) < len(self.plan.rungs)
-            done += sum(self._segment_steps(rung) for rung in range(len(record.rungs) + early))
-        return done
+        return sum(
+            len(self._trained(rung)) * self._segment_steps(rung)
+            for rung in range(len(self.plan.rungs))
+        )
+
+    def _trained(self, rung: int) -> set[int]:
+        """Return the trials whose segment at this rung has ended, well or early."""
+        return {
+            number
+            for number, record in self.records.items()
+            if len(record.rungs) + (record.state in ENDED_EARLY) > rung
+        }
 
     def start_step(self, rung: int) -> int:
         """Return the step at which a trial enters a rung: where the state of the last one was kept."""
@@ -231,70 +233,151 @@ class Ladder:
             record = self.records[number]
             if record.state is TrialState.RUNNING and not record.rungs and self._idle(number):
                 return record, 0
-        if self._may_propose():
-            return self._propose(), 0
+        while self._may_propose():
+            record = self._propose()
+            if record.state is TrialState.RUNNING:
+                return record, 0
+        if self._rung_zero_done() and (params := self._half_step_params()) is not None:
+            return self._propose_half_step(params), 0
+        return self._next_promoted()
+
+    def _next_promoted(self) -> tuple[TrialRecord | None, int]:
+        for rung, chosen in self._choices_made():
+            for number in chosen:
+                record = self.records[number]
+                if (
+                    len(record.rungs) == rung
+                    and record.state not in ENDED_EARLY
+                    and self._idle(number)
+                ):
+                    return record, rung
+        return None, 0
+
+    def _choices_made(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield the rungs whose trials are chosen, with these; a choice waits for all of the rung before."""
         if not self._rung_zero_done():
-            return None, 0
+            return
         for rung in range(1, len(self.plan.rungs)):
             chosen = self._promoted(rung)
-            for number in chosen:
-                if len(self.records[number].rungs) == rung and self._idle(number):
-                    return self.records[number], rung
-            if any(len(self.records[number].rungs) <= rung for number in chosen):
-                break  # the next rung's choice waits for all of this one
-        return None, 0
+            yield rung, chosen
+            if any(self._is_on_its_way(number, rung) for number in chosen):
+                return
+
+    def _is_on_its_way(self, number: int, rung: int) -> bool:
+        record = self.records[number]
+        return len(record.rungs) <= rung and record.state not in ENDED_EARLY
 
     def _idle(self, number: int) -> bool:
         return number not in self.in_flight
 
+    def _promoted(self, rung: int) -> list[int]:
+        """Return the trials that train rung ``rung``; see ``promotion.promoted``."""
+        entered = sum(len(record.rungs) >= rung for record in self.records.values())
+        ended = sum(record.state in ENDED_EARLY for record in self.records.values())
+        # what the choice depends on; no count ever falls
+        key = (rung, entered, ended, len(self.records))
+        if key not in self._choices:
+            self._choices[key] = promoted(
+                self.records.values(),
+                rung,
+                practical_margin=self.plan.practical_margin,
+                clusters=self.plan.clusters,
+            )
+        return self._choices[key]
+
     def _may_propose(self) -> bool:
         number = len(self.records)
-        if self._closed or number >= self.plan.num_trials:
+        if self._no_more_proposals:
             return False
         if self._out_of_time() and number > 0:
             self._closed = True
-            self._tell_generations()
+            self._tell_rest()
             return False
         if number < len(self.proposer.anchors):
             return True
-        generation_start = number - number % self.plan.window
-        return all(self.proposer.is_told(earlier) for earlier in range(generation_start))
+        needed = range(self._num_told, number - self.plan.window + 1)
+        return all(self._is_settled(earlier) for earlier in needed)
+
+    @property
+    def _no_more_proposals(self) -> bool:
+        enough = num_counted(self.records.values()) >= self.plan.num_trials
+        return self._closed or enough or self._repeats_in_a_row() >= LAST_REPEAT
+
+    def _repeats_in_a_row(self) -> int:
+        """Return how many of the latest proposals, the half step left out, were answered from records."""
+        count = 0
+        for number in range(len(self.records) - 1, -1, -1):
+            record = self.records[number]
+            if record.origin != HALF_STEP:
+                if record.state is not TrialState.CACHED:
+                    break
+                count += 1
+        return count
 
     def _propose(self) -> TrialRecord:
+        """Propose the next trial from what it may know; one that repeats another is answered at once."""
         number = len(self.records)
-        suggested: SuggestedParams = self.proposer.propose(number)
+        if number >= len(self.proposer.anchors):
+            for earlier in range(self._num_told, number - self.plan.window + 1):
+                self._tell(self.records[earlier])
+        if self._repeats_in_a_row() >= MOST_REPEATS:
+            suggested = self.proposer.propose(number, step_only=True)
+        else:
+            suggested = self.proposer.propose(number)
+        record = self._new_record(number, suggested, origin=self.proposer.origin(number))
+        key = training_key(record.config)
+        for original in self.records.values():
+            if original.repeats is None and training_key(original.config) == key:
+                record = replace(record, state=TrialState.CACHED, repeats=original.number)
+        self._store(record)
+        self._tell_rest()  # the last of many repeats has no result to come
+        return record
+
+    def _new_record(self, number: int, suggested: SuggestedParams, *, origin: str) -> TrialRecord:
         config = self.space.effective(suggested)
         predicted_bytes, trainable = self._predict(config)
-        record = TrialRecord(
+        return TrialRecord(
             number=number,
             state=TrialState.RUNNING,
-            origin=self.proposer.origin(number),
+            origin=origin,
             suggested=suggested,
             config=config,
             predicted_bytes=predicted_bytes,
             trainable_parameters=trainable,
         )
+
+    def _half_step_params(self) -> SuggestedParams | None:
+        if not self.plan.half_step or len(self.plan.rungs) < LEAST_RUNGS_OF_HALF_STEP:
+            return None
+        if any(record.origin == HALF_STEP for record in self.records.values()):
+            return None
+        if self._closed or self._out_of_time():
+            return None
+        return half_step_of_leader(self.records.values(), lowest=self.space.step_bounds[0])
+
+    def _propose_half_step(self, params: SuggestedParams) -> TrialRecord:
+        """Begin the half step: a trial like others for Optuna, beyond ``num_trials``; at most one a study."""
+        number, study = len(self.records), self.proposer.study
+        if len(study.get_trials(deepcopy=False)) == number:  # not enqueued by a process that ended
+            study.enqueue_trial(
+                self.space.as_optuna(params), user_attrs={**describe(params), "origin": HALF_STEP}
+            )
+        suggested = self.proposer.propose(number)
+        record = self._new_record(number, suggested, origin=self.proposer.origin(number))
         self._store(record)
         return record
 
-    @property
-    def _last_number(self) -> int:
-        """Trials there will be: fewer than planned when time ran out."""
-        return len(self.records) if self._closed else self.plan.num_trials
-
     def _rung_zero_done(self) -> bool:
-        complete = self._closed or len(self.records) >= self.plan.num_trials
-        return complete and all(r.rungs or r.state in _ENDED for r in self.records.values())
+        others = [number for number, r in self.records.items() if r.origin != HALF_STEP]
+        return self._no_more_proposals and all(map(self._is_settled, others))
 
-    def _promoted(self, rung: int) -> list[int]:
-        """Return the trials that train rung ``rung``: the best quarter of those that could.
+    def _is_settled(self, number: int) -> bool:
+        """Whether it is known what rung 0 of a trial, or of the one that it repeats, came to."""
+        source = self._source(self.records[number])
+        return bool(source.rungs) or source.state in ENDED_EARLY
 
-        A promoted trial that diverges makes room for the next best.
-        """
-        entered = sum(1 for r in self.records.values() if len(r.rungs) >= rung)
-        able = [r for r in self.records.values() if len(r.rungs) >= rung and r.state not in _ENDED]
-        able.sort(key=lambda r: (r.rungs[rung - 1].eval_loss, r.number))
-        return [record.number for record in able[: max(1, math.ceil(entered / PROMOTED_SHARE))]]
+    def _source(self, record: TrialRecord) -> TrialRecord:
+        return record if record.repeats is None else self.records[record.repeats]
 
     def _job(self, record: TrialRecord, rung: int) -> LaneJob:
         folder = self._trial_folder(record.number)
@@ -303,7 +386,7 @@ class Ladder:
             rung=rung,
             config=record.config,
             start_step=self.start_step(rung),
-            hold_step=_hold_step(self.plan.rungs[rung], self.plan.cooldown_ratio),
+            hold_step=hold_step_of(self.plan.rungs[rung], self.plan.cooldown_ratio),
             end_step=self.plan.rungs[rung],
             warmup_steps=self.plan.warmup_steps,
             eval_split="selection",
@@ -311,43 +394,66 @@ class Ladder:
             start_folder=folder / f"rung-{rung - 1}" if rung else None,
             result_folder=folder / f"rung-{rung}",
             eval_rows=self.plan.eval_rows[rung] if self.plan.eval_rows else None,
+            loss_limits=() if rung else self._loss_limits(record.number),
         )
+
+    def _loss_limits(self, number: int) -> tuple[tuple[int, float], ...]:
+        """Return what a trial's loss may not exceed, by the trials that its proposal knew of.
+
+        Anchors do not wait for each other, so they have no limits.
+        """
+        if number < len(self.proposer.anchors):
+            return ()
+        known = [self.records[n] for n in range(number - self.plan.window + 1)]
+        return loss_limits([record.rungs[0] for record in known if record.rungs])
 
     def _store(self, record: TrialRecord) -> None:
         self._save(record)
         self.records[record.number] = record
 
-    def _tell_generations(self) -> None:
-        """Tell Optuna, in order of number, every generation of which all outcomes are known."""
-        window = self.plan.window
-        for start in range(0, len(self.records), window):
-            numbers = [n for n in range(start, start + window) if n < self._last_number]
-            known = [self.records.get(number) for number in numbers]
-            if not all(r is not None and (r.rungs or r.state in _ENDED) for r in known):
+    def _tell_rest(self) -> None:
+        """When nothing more is proposed: tell Optuna, in order of number, of all that have ended."""
+        if not self._no_more_proposals:
+            return
+        while self._num_told < len(self.records):
+            needed = range(self._num_told, self._horizon(self._num_told) + 1)
+            if not all(map(self._is_settled, needed)):
                 return
-            for record in known:
-                assert record is not None
-                if not self.proposer.is_told(record.number):
-                    self._tell(record, start + window)
+            self._tell(self.records[self._num_told])
 
-    def _tell(self, record: TrialRecord, generation_end: int) -> None:
+    def _horizon(self, number: int) -> int:
+        """Return the last trial known when ``number`` is told.
+
+        Nothing is told before the first proposal of the sampler's, which waits for that many anchors.
+        """
+        last = max(number, len(self.proposer.anchors) - self.plan.window)
+        return min(last, len(self.records) - 1)
+
+    def _tell(self, record: TrialRecord) -> None:
+        if self.proposer.is_told(record.number):  # by a process that ended before it could go on
+            self._num_told = record.number + 1
+            return
+        source = self._source(record)
         excess = record.predicted_bytes - self.plan.budget_bytes
-        if record.rungs:
-            state, value = TrialState.COMPLETE, record.rungs[0].eval_loss
+        if source.rungs:
+            state, value = TrialState.COMPLETE, source.rungs[0].eval_loss
+            if record.state is TrialState.CACHED:
+                state = TrialState.CACHED
         else:
-            state, value = record.state, self._penalty(record, generation_end)
+            state, value = source.state, source.penalty or self._penalty(source)
             if state is not TrialState.FAILED:  # of which Optuna is told no value
                 self._store(replace(record, penalty=value))
             if state is TrialState.INFEASIBLE:
                 excess = max(excess, 1)
         self.proposer.tell(record.number, state=state, value=value, vram_excess_bytes=excess)
+        self._num_told = record.number + 1
 
-    def _penalty(self, record: TrialRecord, generation_end: int) -> float:
-        """Return the worst finite loss known when the generation is told, and a tenth more."""
+    def _penalty(self, record: TrialRecord) -> float:
+        """Return the worst finite loss known when the trial is told, and a tenth more."""
         losses = [
             other.rungs[0].eval_loss
             for other in self.records.values()
-            if other.rungs and other.number < generation_end
+            if other.rungs and other.number <= self._horizon(record.number)
         ]
         if record.first_loss is not None and math.isfinite(record.first_loss):
             losses.append(record.first_loss)

@@ -8,6 +8,7 @@ suggested value stays with the sampler, the effective one is trained.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_tune.errors import InfeasibleError
@@ -32,6 +33,7 @@ class SearchSpace:
         self.fixed_alpha = space.lora_alpha
         self.dropouts = tuple(sorted(set(space.lora_dropout)))
         self.target_sets = tuple(s for s in target_sets if s.max_rank >= self.ranks[0])
+        self.sets_that_do_not_fit = tuple(s.name for s in target_sets if s.max_rank < self.ranks[0])
         self.step_bounds = space.learning_rate
         self.use_rslora = space.use_rslora
         self.seed = seed
@@ -56,16 +58,24 @@ class SearchSpace:
         )
 
     def as_optuna(self, params: SuggestedParams) -> dict[str, float]:
-        """Return the sampler's own encoding of a configuration, for ``enqueue_trial``."""
+        """Return the sampler's own encoding of a configuration, for ``enqueue_trial``.
+
+        Raises:
+            ValueError: A value that the space does not have. Optuna would take it with a warning, and
+                the trial would no longer belong to the space that the sampler models.
+        """
         names = [target.name for target in self.target_sets]
+        lowest, highest = self.step_bounds
+        if not lowest <= params.effective_step <= highest:
+            raise ValueError(f"step {params.effective_step} is outside {lowest} to {highest}")
         encoded: dict[str, float] = {
-            "rank_index": self.ranks.index(params.rank),
-            "dropout_index": self.dropouts.index(params.lora_dropout),
-            "target_set_index": names.index(params.target_set),
+            "rank_index": _index("rank", self.ranks, params.rank),
+            "dropout_index": _index("lora_dropout", self.dropouts, params.lora_dropout),
+            "target_set_index": _index("target set", names, params.target_set),
             "effective_step": params.effective_step,
         }
         if self.ratios is not None and params.alpha_ratio is not None:
-            encoded["alpha_ratio_index"] = self.ratios.index(params.alpha_ratio)
+            encoded["alpha_ratio_index"] = _index("alpha_ratio", self.ratios, params.alpha_ratio)
         return encoded
 
     def effective(self, params: SuggestedParams) -> TrialConfig:
@@ -94,6 +104,10 @@ class SearchSpace:
             data_seed=self.seed,
         )
 
+    def is_over_budget(self, params: SuggestedParams) -> bool:
+        """Say whether the proposal would not fit as it is, so that its rank is lowered."""
+        return params.rank > self.target_set(params.target_set).max_rank
+
     def target_set(self, name: str) -> TargetSet:
         """Return the target set of this name."""
         return next(target for target in self.target_sets if target.name == name)
@@ -104,6 +118,20 @@ class SearchSpace:
             return None
         wanted = alpha / rank
         return min(self.ratios, key=lambda ratio: max(ratio / wanted, wanted / ratio))
+
+
+def _index(name: str, choices: Sequence[object], value: object) -> int:
+    if value not in choices:
+        raise ValueError(f"{name} {value} is not in the space: {', '.join(map(str, choices))}")
+    return choices.index(value)
+
+
+def training_key(config: TrialConfig) -> TrialConfig:
+    """Return a configuration without its seeds and without its target set's name.
+
+    Two proposals with equal keys are the same training, so the second one is answered from the first.
+    """
+    return replace(config, target_set="", init_seed=0, dropout_seed=0, data_seed=0)
 
 
 def describe(params: SuggestedParams) -> Mapping[str, object]:

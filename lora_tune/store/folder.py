@@ -6,7 +6,8 @@ reports/<study>/
   study.db           an ordinary Optuna study (SQLite in WAL mode)
   owner.lock         held by the running coordinator
   trials/NNNN/       trial.json and one folder a rung: adapter and lane state
-  confirmation.json  winner and untuned base on the confirmation split
+  confirmation.json  finalists, default and untuned base on the confirmation split, and the decision
+  confirmation/      the adapters of the finalists' runs with fresh seeds
   runtime.json       seconds spent by all runs so far
   memory.json        predicted and measured peaks of the packs that ran on a GPU
   adapter/           the winner
@@ -119,7 +120,7 @@ class StudyFolder:
         return sorted(records, key=lambda record: record.number)
 
     def save_confirmation(self, confirmation: Confirmation) -> None:
-        """Write the winner's and the base's losses on the confirmation split."""
+        """Write what is known of the candidates on the confirmation split."""
         write_text(self.path / CONFIRMATION_FILE, _dump(confirmation))
 
     def load_confirmation(self) -> Confirmation | None:

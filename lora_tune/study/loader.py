@@ -2,7 +2,6 @@
 
 import json
 import tomllib
-import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_tune.errors import StudyFileError, nearest
-from lora_tune.study.spec import StudySpec
+from lora_tune.study.spec import AnchorSection, StudySpec
 
 _TYPES = {str: "text", bool: "true/false", int: "a whole number", float: "a number"}
 _TYPES |= {list: "a list", dict: "a table"}
@@ -32,6 +31,9 @@ _WANTED = {
 }
 _AUTO = {
     "run.lanes": ', or "auto"',
+    "search.trials": ', or "auto"',
+    "search.min_rung_steps": ', or "auto"',
+    "select.seeds": ', or "auto"',
     "train.micro_batch_size": ', or "auto"',
     "train.gradient_checkpointing": ', or "auto"',
 }
@@ -77,11 +79,16 @@ def _without_union_noise(details: list[ErrorDetails]) -> list[ErrorDetails]:
     """
     kept: dict[tuple[int | str, ...], ErrorDetails] = {}
     for detail in details:
-        key = detail["loc"]
-        if detail["type"] != "extra_forbidden":  # whose last part is the user's own word
-            key = tuple(part for part in key if not _is_union_tag(part))
-        # what the value should be says more than that it is not the word "auto"
-        if key not in kept or kept[key]["type"] == "literal_error":
+        *path, last = detail["loc"] or ("",)
+        own_word = detail["type"] == "extra_forbidden"  # then the last part is the user's
+        key = tuple(part for part in path if not _is_union_tag(part))
+        if detail["loc"] and (own_word or not _is_union_tag(last)):
+            key = (*key, last)
+        # what the value should be says more than that it is not the word "auto"; of a name, which names
+        # there are says more than that it is no section
+        if key not in kept or (
+            kept[key]["type"] == "literal_error" and detail["type"] != "model_type"
+        ):
             kept[key] = {**detail, "loc": key}
     return [
         detail
@@ -92,7 +99,8 @@ def _without_union_noise(details: list[ErrorDetails]) -> list[ErrorDetails]:
 
 def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and (
-        part in ("int", "str", "bool", "float") or any(mark in part for mark in "[](-")
+        part in ("int", "str", "bool", "float", AnchorSection.__name__)
+        or any(mark in part for mark in "[](-")
     )
 
 
@@ -109,7 +117,8 @@ def _explain(detail: ErrorDetails) -> str:
     if kind == "missing":
         return f"{key} is missing and has no default. Add it."
     if kind == "value_error":
-        return f"{key}: {detail['msg'].removeprefix('Value error, ')}."
+        where = f"{key}: " if key else ""  # none: the sections do not go together
+        return f"{where}{detail['msg'].removeprefix('Value error, ')}."
     allowed = _allowed(detail)
     hint = _hint(kind, seen)
     return f"{key} is {_show(seen)}; {allowed}.{hint}"
@@ -153,12 +162,15 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = StudySpec
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        model = typing.cast(type[BaseModel], _plain(annotation))
+        if isinstance(part, str):
+            found = _section_in(model.model_fields[part].annotation)
+            assert found is not None
+            model = found
     return list(model.model_fields)
 
 
-def _plain(annotation: object) -> object:
-    if isinstance(annotation, types.UnionType):
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
+def _section_in(annotation: object) -> type[BaseModel] | None:
+    """Return the section that a type is, or holds in a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, typing.get_args(annotation))), None)

@@ -6,11 +6,12 @@ Every key has a default but ``model.base`` and ``data.train``; unknown keys are 
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Rank = Annotated[int, Field(strict=True, ge=1, le=1024)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+AnchorName = Literal["A1", "A2", "A3", "A4", "A5", "A6"]
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 
 
@@ -66,6 +67,8 @@ class DataSection(Section):
     """Rows that choose between trials; default min(1000, a tenth of the rows), at least 8."""
     confirmation_rows: Annotated[int, Field(strict=True, ge=8)] | None = None
     """Rows opened once, for the winner; default as ``selection_rows``."""
+    group: str | None = None
+    """Column that names the conversation or document a row comes from: its rows stay in one split."""
     max_bad_fraction: Fraction = 0.01
     """The study stops when a larger share of the rows cannot be used."""
 
@@ -83,7 +86,7 @@ class TrainSection(Section):
     """Rows per forward pass and lane; ``auto``: measured, up to the largest divisor that fits."""
     warmup_ratio: Fraction = 0.03
     """Share of a full run's steps with rising learning rate, at most 100 steps."""
-    cooldown_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.2
+    cooldown_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.15
     """Share of a rung's steps over which a branch lowers the learning rate linearly to zero."""
     optimizer: Literal["adamw"] = "adamw"
     """AdamW with float32 states, one per lane."""
@@ -136,6 +139,8 @@ class SpaceSection(Section):
     """Bounds of the effective step, learning_rate * lora_alpha / 32."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    epochs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    """Lengths of a run to choose from, in epochs: each becomes a rung, and a trial keeps its best one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -146,27 +151,56 @@ class SpaceSection(Section):
         return self
 
 
+class AnchorSection(Section):
+    """A configuration to begin with; what is not given is taken from anchor A1."""
+
+    rank: Rank | None = None
+    lora_alpha: PositiveFloat | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    target_modules: str | tuple[str, ...] | None = None
+    learning_rate: PositiveFloat | None = None
+
+
+def _anchor_kind(value: object) -> str:
+    return "table[anchor]" if isinstance(value, dict | AnchorSection) else "name[anchor]"
+
+
+# Told apart by their form, so that an error is about the one that was meant.
+Anchor = Annotated[
+    Annotated[AnchorName, Tag("name[anchor]")] | Annotated[AnchorSection, Tag("table[anchor]")],
+    Discriminator(_anchor_kind),
+]
+
+
 class SearchSection(Section):
     """``[search]``: how many trials, who proposes them, and when they are cut."""
 
-    trials: Annotated[int, Field(strict=True, ge=1)] = 24
-    """Trials in all, those of earlier runs of the same study counted in."""
-    sampler: Literal["tpe", "random"] = "tpe"
+    trials: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
+    """Trials in all, those of earlier runs of the same study counted in; ``auto``: 24, or as many (8 to
+    64) as the budget allows."""
+    sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
     """Who proposes after the anchors."""
     startup_trials: Annotated[int, Field(strict=True, ge=1)] = 6
-    """Trials, anchors counted in, before TPE models the results."""
-    anchors: bool = True
-    """Begin with known good configurations."""
+    """Trials, anchors counted in, before the sampler models the results."""
+    anchors: tuple[Anchor, ...] = ("A1", "A2", "A3", "A4", "A5", "A6")
+    """Configurations to begin with: known good ones by name, or your own; ``[]``: none."""
     rungs: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (
         0.125,
         0.5,
         1.0,
     )
     """Shares of a full run at which trials are compared; the last one is 1."""
-    min_rung_steps: Annotated[int, Field(strict=True, ge=1)] = 50
-    """No rung is shorter; rungs that coincide are merged."""
+    min_rung_steps: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
+    """No rung is shorter, and rungs that coincide are merged; ``auto``: 50, in a run below 200 steps a
+    quarter of it, at least 20."""
+    half_step: bool = False
+    """With three rungs or more, also try half the step of the first rung's leader: short rungs favour high
+    learning rates. Costs about 1 % of training all trials fully."""
     max_hours: PositiveFloat | None = None
-    """Wall-clock budget in hours, earlier runs counted in; no new trial is begun after it."""
+    """Wall-clock budget in hours, confirmation and earlier runs counted in; no new trial is begun when
+    only the confirmation still fits."""
+    max_gpu_hours: PositiveFloat | None = None
+    """The same in hours of all GPUs together."""
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -187,6 +221,17 @@ class MemorySection(Section):
 class SelectSection(Section):
     """``[select]``: how the winner is chosen and reported."""
 
+    seeds: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=20)] = "auto"
+    """Fresh seeds with which each finalist and the default are trained again; ``auto``: 3, or as many as
+    keep the confirmation below half of the budget."""
+    finalists: Annotated[int, Field(strict=True, ge=1, le=8)] = 2
+    """Best trials that are confirmed; those tied with the last of them make it one more at most."""
+    refit: Literal["none", "all-rows"] = "none"
+    """``all-rows``: the chosen configuration is trained once more on all rows; that adapter is not scored."""
+    metrics: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Shown beside the loss for finalists: ``exact-match``, ``rouge-l``, or your own ``module:function``."""
+    max_new_tokens: Annotated[int, Field(strict=True, ge=1)] = 256
+    """Tokens generated for a row by the metrics, at most."""
     practical_margin: Annotated[float, Field(ge=0, lt=1)] = 0.005
     """Relative loss difference that is called a tie; the cheaper configuration then wins."""
     compute_dtype: Literal["auto", "train", "float32"] = "auto"
@@ -216,3 +261,14 @@ class StudySpec(Section):
     memory: MemorySection = MemorySection()
     select: SelectSection = SelectSection()
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        # a spec that was written down and read again has every key set, so values are compared
+        rival = "max_steps" if self.train.max_steps is not None else "epochs"
+        has_rival = rival == "max_steps" or self.train.epochs != TrainSection().epochs
+        if self.space.epochs is not None and has_rival:
+            raise ValueError(
+                f"space.epochs and train.{rival} both say how long a run is; give one of them"
+            )
+        return self

@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-from lora_tune.report.statistics import ratio_estimate
 from lora_tune.report.verify import LossPair, StepLosses, Verification
+from lora_tune.stats.ratio import ratio_estimate
 from lora_tune.verification.process import PlainResult, PlainRun
 from lora_tune.verification.task import VerifyTask
 

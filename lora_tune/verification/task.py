@@ -19,6 +19,7 @@ from lora_tune.records import (
     TrialRecord,
     TrialState,
 )
+from lora_tune.search.plan import hold_step_of
 from lora_tune.store.folder import LOCK_FILE, StudyFolder
 from lora_tune.study.loader import validate_study
 from lora_tune.study.spec import StudySpec
@@ -47,8 +48,7 @@ class VerifyTask:
 
     def hold_step(self, rung: int) -> int:
         """Return the last step of a rung before its cool-down, where the trial's state was kept."""
-        end_step = self.lock.rungs[rung]
-        return max(1, end_step - round(self.spec.train.cooldown_ratio * end_step))
+        return hold_step_of(self.lock.rungs[rung], self.spec.train.cooldown_ratio)
 
     def job(self) -> LaneJob:
         """Return the whole path as one segment, from step 0 to the end of the highest finished rung."""
@@ -130,12 +130,18 @@ def _record_of(snapshot: StudySnapshot, trial: int | None) -> TrialRecord:
         f"Trials with a finished rung: {_listed(scored)}." if scored else "No trial has one yet."
     )
     if trial is None:
-        if snapshot.confirmation is None:
+        decision = snapshot.confirmation.decision if snapshot.confirmation is not None else None
+        if snapshot.confirmation is None or decision is None:
             raise StoreError(
                 f"{snapshot.folder}: the study {name} is not finished, so it has no winner. Finish it with "
                 f"lora-tune run {snapshot.lock.study_file}, or name a trial with --trial. {choice}"
             )
-        trial = snapshot.confirmation.winner
+        trial = snapshot.confirmation.candidate(decision.chosen).trial
+        if trial is None:
+            raise StoreError(
+                f"{snapshot.folder}: the study recommends the default configuration, which is none of its "
+                f"trials. Name a trial with --trial. {choice}"
+            )
     found = [record for record in snapshot.trials if record.number == trial]
     if not found:
         raise StoreError(
@@ -156,6 +162,8 @@ def _why_without_rung(record: TrialRecord) -> str:
         return f"diverged before it was evaluated{why}"
     if record.state is TrialState.INFEASIBLE:
         return f"did not fit the memory{why}"
+    if record.state is TrialState.CACHED:
+        return f"was not trained: it repeats trial {record.repeats}"
     if record.state is TrialState.FAILED:
         return f"failed before it was evaluated{why}"
     return "has not finished a rung yet"

@@ -76,7 +76,10 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def winner_of(store: StudyFolder) -> TrialRecord:
     confirmation = store.load_confirmation()
     assert confirmation is not None
-    return store.load_trials()[confirmation.winner]
+    assert confirmation.decision is not None
+    trial = confirmation.candidate(confirmation.decision.chosen).trial
+    assert trial is not None
+    return store.load_trials()[trial]
 
 
 def contents(folder: Path) -> dict[str, float]:

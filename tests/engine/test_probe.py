@@ -23,6 +23,7 @@ from lora_tune.engine.probe import (
     ProbeOptions,
     ProbeResult,
     average_rows,
+    by_product_speed,
     choose_reading,
     mean_length,
     rising_sizes,
@@ -307,6 +308,67 @@ def test_where_nothing_is_open_nothing_is_measured(probe) -> None:
     found = probe(device, sizes=(4,), most_lanes=lambda size: 1)
     assert (found.lanes, found.micro_batch_size, found.readings) == (1, 4, ())
     assert (device.passes, found.probe_s, found.cut) == (0, 0.0, False)
+
+
+def test_a_given_plan_is_read_last_by_one_pass(probe) -> None:
+    device = Device(overhead_s=1.0)
+    found = probe(device, sizes=(1,), most_lanes=lambda size: 1, given=(2, 4))
+    assert plans(found) == [(1, 1), (2, 4)]
+    assert device.passes == 3 + 1
+    assert found.readings[1].tokens_per_s == pytest.approx(
+        device.tokens_per_s(8 * LEAST_PASS_TOKENS)
+    )
+    alone = probe(Device(), sizes=(4,), most_lanes=lambda size: 1, given=(1, 4))
+    assert (plans(alone), alone.cut) == ([(1, 4)], False)
+
+
+def test_a_given_plan_that_would_take_too_long_is_not_read(probe) -> None:
+    device = Device(overhead_s=0.0)  # 3 * 128 tokens of the first reading, 1,024 of the given plan
+    for study_tokens, read in ((20 * 1400, False), (20 * 1420, True)):
+        found = probe(
+            device,
+            sizes=(1,),
+            most_lanes=lambda size: 1,
+            given=(2, 4),
+            study_tokens=float(study_tokens),
+        )
+        assert plans(found)[1:] == [(2, 4)] * read
+        assert not found.cut  # nothing that was left out decides anything
+
+
+class Products:
+    """A clock that a matrix product moves on, by the seconds of its type."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[torch.dtype, float]) -> None:
+        self.now = 0.0
+        linear = torch.nn.functional.linear
+
+        def timed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            self.now += seconds[x.dtype]
+            return linear(x, weight)
+
+        monkeypatch.setattr(torch.nn.functional, "linear", timed)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("float32_s", "bfloat16_s", "first"),
+    [(2.0, 1.0, "bfloat16"), (1.0, 2.0, "float32"), (1.0, 1.0, "float32")],
+)
+def test_the_type_with_the_faster_products_comes_first(
+    monkeypatch: pytest.MonkeyPatch, float32_s: float, bfloat16_s: float, first: str
+) -> None:
+    seconds = {torch.float32: float32_s, torch.bfloat16: bfloat16_s}
+    clock = Products(monkeypatch, seconds)
+    assert by_product_speed(("float32", "bfloat16"), clock=clock)[0] == first
+
+
+def test_a_probe_that_is_cut_keeps_the_type_that_was_read_first(probe) -> None:
+    found = probe(Device(), dtypes=("bfloat16", "float32"), study_tokens=10.0)
+    assert [r.compute_dtype for r in found.readings] == ["bfloat16"]
+    assert (found.compute_dtype, found.cut) == ("bfloat16", True)
 
 
 # What it may cost.

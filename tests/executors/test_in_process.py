@@ -3,6 +3,7 @@
 The witness of most tests is the same job alone in an executor of one lane; of the published files, PEFT.
 """
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,22 +14,30 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from lora_tune.engine.adapter_files import WEIGHTS_FILE
 from lora_tune.engine.base import BaseModel, load_base_model
 from lora_tune.engine.batches import rows_of_step
+from lora_tune.engine.generation import AnswerWriter
 from lora_tune.engine.lane import STATE_FILE, Lane
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.memory_reading import HostMeter
 from lora_tune.engine.pack import PackSettings, TrialPack
-from lora_tune.errors import MachineError
+from lora_tune.errors import DataError, MachineError
 from lora_tune.executors.in_process import MAX_POINTS, InProcessExecutor, is_out_of_memory
+from lora_tune.executors.scorer import MetricScorer, check_prompts
 from lora_tune.files import is_complete
+from lora_tune.metrics import METRICS
 from lora_tune.records import (
     EvalResult,
     LaneJob,
     LaneOutcome,
+    MetricResult,
     Point,
     TokenizedRow,
     TrialConfig,
@@ -638,6 +647,297 @@ def test_long_segments_keep_evenly_spaced_readings_and_the_last(executor_of) -> 
     assert steps[-1] == job.end_step
     assert len(set(np.diff(steps))) == 1
     assert outcome.num_tokens == 5 * job.end_step  # thinned readings lose no token
+
+
+# Confirmation: the same configuration with fresh seeds.
+
+
+def confirmation_job(seed: int, **changes: Any) -> LaneJob:
+    """Return a run as the confirmation asks for it: a number below -1, seeds of its own, another split."""
+    job = make_job(1, steps=5, eval_split="confirmation", eval_dtype="float32")
+    assert job.config is not None
+    config = replace(job.config, init_seed=50 + seed, dropout_seed=60 + seed, data_seed=70 + seed)
+    return replace(job, trial=-2 - seed, config=config, **changes)
+
+
+def relative_distance(found: Path, wanted: Path) -> float:
+    """Return the norm of the difference of all tensors over that of the wanted ones."""
+    tensors, expected = load_file(found), load_file(wanted)
+    assert tensors.keys() == expected.keys()
+    flat = [torch.cat([t.double().flatten() for t in ts.values()]) for ts in (tensors, expected)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def test_runs_with_different_seeds_are_in_one_pack_what_they_are_alone(
+    executor_of, alone, tmp_path: Path
+) -> None:
+    jobs = [confirmation_job(seed, result_folder=tmp_path / f"seed-{seed}") for seed in range(3)]
+    outcomes = finish(executor_of(lanes=3), jobs)
+    assert sorted(outcomes) == [-4, -3, -2]
+    for job in jobs:
+        other = tmp_path / f"alone{job.trial}"
+        assert_equal_losses(outcomes[job.trial], alone(replace(job, result_folder=other)))
+        assert outcomes[job.trial].pack_lanes == 3
+        assert outcomes[job.trial].evaluation.split == "confirmation"
+        assert is_complete(job.result_folder)
+        for file in (WEIGHTS_FILE, STATE_FILE):
+            assert relative_distance(job.result_folder / file, other / file) < 1e-4
+    first_losses = {outcome.points[0].train_loss for outcome in outcomes.values()}
+    assert len(first_losses) == 3  # other rows
+    assert len({outcome.evaluation.mean_loss for outcome in outcomes.values()}) == 3
+
+
+def test_a_job_that_keeps_no_state_publishes_its_adapter_alone(executor_of, tmp_path: Path) -> None:
+    kept, bare = tmp_path / "kept", tmp_path / "bare"
+    jobs = [
+        confirmation_job(0, result_folder=kept),
+        replace(confirmation_job(0, result_folder=bare), trial=-9, keep_state=False),
+    ]
+    finish(executor_of(lanes=1), jobs)
+    assert is_complete(bare)
+    names = {path.name for path in kept.iterdir()} - {path.name for path in bare.iterdir()}
+    assert names == {STATE_FILE}
+    assert_equal_tensors(bare / WEIGHTS_FILE, kept / WEIGHTS_FILE, rtol=0)
+    [again] = finish(
+        executor_of(lanes=1), [confirmation_job(0, start_step=5, start_folder=bare)]
+    ).values()
+    assert again.state is TrialState.COMPLETE
+
+
+def test_the_seed_of_the_data_alone_changes_which_rows_a_lane_trains_on(executor_of) -> None:
+    one, other = confirmation_job(0), confirmation_job(1)
+    other = replace(other, config=replace(one.config, data_seed=other.config.data_seed))
+    outcomes = finish(executor_of(lanes=2), [one, other])
+    tokens = [[point.num_tokens for point in outcomes[n].points] for n in (-2, -3)]
+    assert tokens[0] != tokens[1]
+
+
+def test_confirmation_runs_share_packs_with_jobs_of_other_splits_and_types(
+    executor_of, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rough = load_base_model(tiny_llama, quantization="none", compute_dtype="bfloat16", device="cpu")
+    untuned = make_job(9, config=None, end_step=0, hold_step=0, eval_split="confirmation")
+    jobs = [
+        confirmation_job(0, result_folder=tmp_path / "seed-0"),
+        make_job(0, steps=5),
+        confirmation_job(1, eval_rows=3),
+        replace(untuned, trial=-1),
+    ]
+    outcomes = finish(executor_of(lanes=4, on=rough), jobs)
+    found = {n: outcome.evaluation for n, outcome in outcomes.items()}
+    assert {n: (e.split, len(e.loss_sums), e.compute_dtype) for n, e in found.items()} == {
+        -2: ("confirmation", 7, "float32"),
+        0: ("selection", 9, "bfloat16"),
+        -3: ("confirmation", 3, "float32"),
+        -1: ("confirmation", 7, "bfloat16"),
+    }
+    # the published adapter, scored again alone in the same type
+    again = confirmation_job(0, start_step=5, start_folder=tmp_path / "seed-0")
+    assert finish(executor_of(lanes=1, on=rough), [again])[-2].evaluation == found[-2]
+
+
+def test_confirmation_runs_that_do_not_fit_together_are_parked_and_finish(
+    executor_of, alone, replay_meter
+) -> None:
+    jobs = [confirmation_job(seed) for seed in range(3)]
+    meter = replay_meter(10_000, [(90, 95, 99), (10, 20, 30)])
+    executor = executor_of(lanes=3, pack=small_memory(1, "training"), meter=meter)
+    outcomes = finish(executor, jobs)
+    for job in jobs:
+        assert_equal_losses(outcomes[job.trial], alone(job))
+    peaks = executor.take_pack_peaks()
+    assert [(peak.trials, peak.out_of_memory) for peak in peaks] == [
+        ((-2, -3, -4), True), ((-2,), False), ((-3,), False), ((-4,), False),
+    ]  # fmt: skip
+
+
+def test_a_lane_above_the_limit_of_its_loss_ends_there_and_says_so(
+    executor_of, alone, tmp_path: Path
+) -> None:
+    job, neighbour = make_job(0, steps=8), make_job(2, steps=8)
+    free = alone(replace(job, loss_limits=((3, 1e3), (5, 1e3))))
+    assert free.state is TrialState.COMPLETE
+    limited = replace(job, loss_limits=((3, 1e3), (5, 0.5)), result_folder=tmp_path / "rung-0")
+    outcomes = finish(executor_of(lanes=2), [limited, neighbour])
+    ended = outcomes[0]
+    assert ended.state is TrialState.DIVERGED
+    assert [point.step for point in ended.points] == [1, 2, 3, 4, 5]
+    assert ended.reason.startswith("smoothed loss ")
+    assert "at step 5, above 0.50" in ended.reason
+    assert ended.evaluation is None
+    assert not (tmp_path / "rung-0").exists()
+    assert_equal_losses(outcomes[2], alone(neighbour))
+
+
+# Metrics by generation.
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One word a token id."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(131)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2")
+
+
+@pytest.fixture
+def scorer(base: BaseModel, tokenizer: Any) -> MetricScorer:
+    def broken(prompt: str, reference: str, prediction: str) -> float:
+        raise KeyError(prompt[:2])
+
+    def same_ends(prompt: str, reference: str, prediction: str) -> float:
+        assert prompt.split()
+        return float(reference.split()[-1] == prediction.split()[-1])
+
+    metrics = {**METRICS, "own:broken": broken, "own:same_ends": same_ends}
+    return MetricScorer(base, tokenizer, metrics, max_new_tokens=8)
+
+
+NAMES = ("rouge-l", "exact-match", "own:broken")
+
+
+def memorized(splits: dict[str, Any]) -> dict[str, Any]:
+    """Return splits of one and the same row, with its end token, which is soon known by heart."""
+    row = splits["train"][0]
+    row = replace(row, input_ids=(*row.input_ids, 2), labels=(*row.labels, 2))
+    return dict.fromkeys(splits, (row,) * 9)
+
+
+def test_metrics_show_what_an_adapter_has_learned(
+    executor_of, scorer: MetricScorer, splits, base: BaseModel
+) -> None:
+    pack = TrialPack(base, memorized(splits)["train"], SETTINGS)
+    executor = InProcessExecutor(
+        pack, memorized(splits), lanes=2, base_model=None, meter=HostMeter(), scorer=scorer
+    )
+    learned = make_job(2, steps=40, metrics=NAMES, eval_rows=4)
+    config = replace(learned.config, rank=16, learning_rate=2e-2)
+    untuned = make_job(0, config=None, end_step=0, hold_step=0, metrics=("exact-match",))
+    outcomes = finish(executor, [replace(learned, config=config), untuned])
+    rouge, exact, broken = outcomes[2].metrics
+    assert [result.metric for result in outcomes[2].metrics] == list(NAMES)
+    assert splits["train"][0].num_labels < 8  # tokens that may be written
+    assert (exact.values, rouge.values) == ((1.0,) * 4, (1.0,) * 4)
+    assert broken.values == ()
+    assert broken.reason.startswith("row 1: KeyError: 'w")
+    assert outcomes[2].state is TrialState.COMPLETE
+    [before] = outcomes[0].metrics
+    assert before.values == (0.0,) * 9
+
+
+def test_metrics_leave_every_loss_and_the_neighbours_as_they_were(
+    executor_of, scorer: MetricScorer
+) -> None:
+    jobs = [make_job(0, steps=2), make_job(1, steps=6), make_job(2, steps=4)]
+    wanted = finish(executor_of(lanes=2), jobs)
+    asking = [replace(job, metrics=NAMES) for job in jobs]
+    found = finish(executor_of(lanes=2, scorer=scorer), asking)
+    for trial, outcome in found.items():
+        assert outcome.evaluation == wanted[trial].evaluation
+        assert outcome.points == wanted[trial].points
+        assert [len(result.values) for result in outcome.metrics] == [9, 9, 0]
+        assert wanted[trial].metrics == ()
+
+
+def test_metrics_are_computed_in_the_type_of_the_evaluation(
+    executor_of, tokenizer, tiny_llama: Path
+) -> None:
+    rough = load_base_model(tiny_llama, quantization="none", compute_dtype="bfloat16", device="cpu")
+    types: list[torch.dtype] = []
+
+    class Watching(MetricScorer):
+        def score(self, *args: Any) -> tuple[MetricResult, ...]:
+            types.append(self.base.compute_dtype)
+            return super().score(*args)
+
+    scorer = Watching(rough, tokenizer, METRICS, max_new_tokens=4)
+    jobs = [make_job(0, metrics=("rouge-l",)), confirmation_job(0, metrics=("rouge-l",))]
+    finish(executor_of(lanes=1, on=rough, scorer=scorer), jobs)
+    assert types == [torch.bfloat16, torch.float32]
+    assert rough.compute_dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("most", "written"), [(2, True), (0, False)])
+def test_running_out_of_memory_while_writing_never_costs_a_trial(
+    executor_of, base: BaseModel, tokenizer, alone, most: int, written: bool
+) -> None:
+    class SmallMemory(AnswerWriter):
+        def _generate(self, prompts: Sequence[tuple[int, ...]], ends: Any) -> Any:
+            if len(prompts) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super()._generate(prompts, ends)
+
+    whole = MetricScorer(base, tokenizer, METRICS, max_new_tokens=4)
+    small = MetricScorer(base, tokenizer, METRICS, max_new_tokens=4)
+    small.writer = SmallMemory(base, max_new_tokens=4)
+    jobs = [make_job(number, metrics=("rouge-l",)) for number in range(2)]
+    executor = executor_of(lanes=2, scorer=small)
+    outcomes = finish(executor, jobs)
+    wanted = finish(executor_of(lanes=2, scorer=whole), jobs)
+    assert executor.max_lanes == 2
+    for job in jobs:
+        assert_equal_losses(outcomes[job.trial], alone(replace(job, metrics=())))
+        if written:
+            assert outcomes[job.trial].metrics == wanted[job.trial].metrics
+        else:
+            [result] = outcomes[job.trial].metrics
+            assert result.reason == "out of memory while writing the answer to a single row"
+            assert result.values == ()
+
+
+def test_a_model_that_cannot_write_gives_a_reason(executor_of, tiny_llama: Path, tokenizer) -> None:
+    mute = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+    mute.model.generate = None
+    scorer = MetricScorer(mute, tokenizer, METRICS, max_new_tokens=4)
+    job = make_job(0, config=None, end_step=0, hold_step=0, metrics=("rouge-l",))
+    [outcome] = finish(executor_of(on=mute, scorer=scorer), [job]).values()
+    assert outcome.state is TrialState.COMPLETE
+    [result] = outcome.metrics
+    assert result.reason == "no answers were written: TypeError: 'NoneType' object is not callable"
+
+
+@pytest.mark.parametrize("how", ["diverges", "does not fit"])
+def test_a_lane_that_ends_early_answers_for_its_metrics_with_the_reason(
+    executor_of, scorer: MetricScorer, how: str
+) -> None:
+    # who asks for what is missing would ask for ever
+    job = make_job(0, metrics=NAMES)
+    pack = TrialPack if how == "diverges" else small_memory(0, "evaluation")
+    job = too_fast(job) if how == "diverges" else job
+    [outcome] = finish(executor_of(lanes=1, pack=pack, scorer=scorer), [job]).values()
+    assert outcome.evaluation is None
+    assert [result.metric for result in outcome.metrics] == list(NAMES)
+    for result in outcome.metrics:
+        assert result.values == ()
+        assert result.reason.startswith("loss " if how == "diverges" else "out of memory as the")
+
+
+def test_rows_without_a_prompt_are_refused(splits) -> None:
+    check_prompts(splits["selection"])
+    plain = tuple(replace(row, labels=row.input_ids) for row in splits["selection"][:2])
+    with pytest.raises(DataError, match="2 of 11 held-out rows have no prompt to answer"):
+        check_prompts((*splits["selection"], *plain))
+
+
+def test_trials_with_metrics_leave_nothing_behind(executor_of, scorer: MetricScorer) -> None:
+    """The guard inside the executor compares tensors after every trial."""
+    executor = executor_of(lanes=2, scorer=scorer)
+    jobs = [replace(make_job(n % 4, steps=2, metrics=("rouge-l",)), trial=n) for n in range(20)]
+    assert len(finish(executor, jobs)) == 20
+
+
+def test_the_time_of_writing_counts_to_the_lane_that_asked(executor_of, base, tokenizer) -> None:
+    class Slow(AnswerWriter):
+        def _generate(self, prompts: Any, ends: Any) -> list[tuple[int, ...]]:
+            time.sleep(0.5)
+            return super()._generate(prompts, ends)
+
+    scorer = MetricScorer(base, tokenizer, METRICS, max_new_tokens=1)
+    scorer.writer = Slow(base, max_new_tokens=1)
+    executor = executor_of(lanes=2, scorer=scorer)
+    outcomes = finish(executor, [make_job(0, metrics=("rouge-l",)), make_job(1)])
+    assert executor.evaluation_s > 0.5
+    assert outcomes[0].wall_s > 0.5 + 0.5 * outcomes[1].wall_s
 
 
 # What packs take, with a meter that replays numbers.

@@ -4,7 +4,6 @@ No GPU is asked: what is checked is the arithmetic, its direction, and that the 
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +14,6 @@ from lora_tune.errors import StudyFileError
 from lora_tune.memory.request import LaneShape, MemoryRequest, resolve_request
 from lora_tune.memory.roofline import frozen_parameters, step_work
 from lora_tune.memory.shape import ModelShape
-from lora_tune.memory.study_time import study_tokens
 from lora_tune.memory.throughput import (
     PRIOR_HIGH,
     PRIOR_LOW,
@@ -27,9 +25,6 @@ from lora_tune.memory.throughput import (
     published_points,
     read_points,
 )
-from lora_tune.search.ladder import Ladder, LadderPlan, rung_steps
-from lora_tune.study.loader import validate_study
-from lora_tune.study.spec import StudySpec
 
 LLAMA = ModelShape.from_config(
     {
@@ -367,64 +362,3 @@ def test_a_price_that_cannot_be_read_says_what_to_write(text: str) -> None:
 def test_a_price_of_an_unknown_gpu_names_the_nearest() -> None:
     with pytest.raises(StudyFileError, match=r'unknown GPU "RTX 4099"; did you mean RTX 4090'):
         parse_price("RTX 4099=1")
-
-
-# The tokens of a study.
-
-
-def study(**sections: dict[str, object]) -> StudySpec:
-    values = {"model": {"base": "m"}, "data": {"train": "rows.jsonl", "max_length": 512}}
-    return validate_study({**values, **sections}, source=Path("a.toml"))
-
-
-def planned_steps(spec: StudySpec, total_steps: int) -> int:
-    """Return the ladder's own sum, which the estimate must equal."""
-    rungs = rung_steps(
-        spec.search.rungs, total_steps=total_steps, min_steps=spec.search.min_rung_steps
-    )
-    plan = LadderPlan(
-        num_trials=spec.search.trials,
-        rungs=rungs,
-        warmup_steps=0,
-        cooldown_ratio=spec.train.cooldown_ratio,
-        window=1,
-        budget_bytes=1,
-    )
-    ladder = Ladder(
-        plan,
-        None,  # neither the space nor the proposer is asked for a sum
-        None,
-        records=(),
-        save=lambda record: None,
-        predict=lambda config: (0, 0),
-        trial_folder=Path,
-    )
-    return ladder.planned_steps()
-
-
-@given(
-    trials=st.integers(1, 200),
-    max_steps=st.integers(1, 3000),
-    cooldown=st.floats(0, 0.9),
-    rungs=st.sampled_from([(1.0,), (0.125, 0.5, 1.0), (0.1, 0.2, 0.3, 1.0)]),
-)
-@settings(max_examples=60, deadline=None)
-def test_a_study_s_steps_are_the_ladder_s(
-    trials: int, max_steps: int, cooldown: float, rungs: tuple[float, ...]
-) -> None:
-    spec = study(
-        search={"trials": trials, "rungs": rungs},
-        train={"max_steps": max_steps, "cooldown_ratio": cooldown, "effective_batch_size": 8},
-    )
-    found = study_tokens(spec)
-    assert found.steps == planned_steps(spec, max_steps)
-    assert found.tokens == found.steps * 8 * 512
-
-
-def test_a_study_in_epochs_needs_the_number_of_rows() -> None:
-    spec = study(train={"epochs": 2.0, "effective_batch_size": 16})
-    found = study_tokens(spec, num_train_rows=8000)
-    assert found.steps == planned_steps(spec, 1000)
-    assert found.note.startswith(f"upper bound: {found.steps} optimizer steps of all trials")
-    with pytest.raises(StudyFileError, match=r"train.max_steps is not set.*--tokens"):
-        study_tokens(spec)

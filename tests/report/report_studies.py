@@ -1,19 +1,25 @@
 """Snapshots of studies as a store would read them: realistic numbers, made without training."""
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lora_tune.records import (
+    Candidate,
     Confirmation,
+    ConfirmationRun,
     DataFingerprint,
     EvalResult,
+    Forecast,
     LanePlan,
+    MetricResult,
     ModelIdentity,
     Point,
     ProbeReading,
     RungResult,
     StudyLock,
+    StudyPlan,
     StudySnapshot,
     SuggestedParams,
     TargetSet,
@@ -21,6 +27,7 @@ from lora_tune.records import (
     TrialRecord,
     TrialState,
 )
+from lora_tune.stats.selection import CandidateRuns, decide
 from lora_tune.units import GIB, MIB
 
 NUM_ROWS = 96
@@ -30,16 +37,16 @@ STEPS = (25, 100, 200)
 ROWS = (
     (0, "anchor A1", "complete", 3, 64, 0.5, 0.0, "all-linear", 3e-4, 2.310, ""),
     (1, "anchor A2", "diverged", 0, 64, 0.5, 0.0, "all-linear", 1e-3, 0.0, "loss 9.81 at step 14"),
-    (2, "anchor A3", "pruned", 1, 64, 0.5, 0.0, "all-linear", 1e-4, 2.442, "not promoted"),
+    (2, "anchor A3", "pruned", 1, 64, 0.5, 0.0, "all-linear", 1e-4, 2.742, "not promoted"),
     (3, "anchor A4", "complete", 3, 16, 2.0, 0.0, "all-linear", 3e-4, 2.303, ""),
-    (4, "anchor A5", "pruned", 2, 64, 0.5, 0.0, "mlp", 3e-4, 2.351, "not promoted"),
-    (5, "anchor A6", "pruned", 1, 16, 2.0, 0.05, "attention-qv", 2e-4, 2.561, "not promoted"),
-    (6, "tpe", "pruned", 2, 32, 1.0, 0.05, "all-linear", 4.1731e-4, 2.322, "not promoted"),
+    (4, "anchor A5", "pruned", 2, 64, 0.5, 0.0, "mlp", 3e-4, 2.401, "not promoted"),
+    (5, "anchor A6", "pruned", 1, 16, 2.0, 0.05, "attention-qv", 2e-4, 2.861, "not promoted"),
+    (6, "tpe", "pruned", 2, 32, 1.0, 0.05, "all-linear", 4.1731e-4, 2.392, "not promoted"),
     (7, "tpe", "complete", 3, 32, 1.0, 0.05, "all-linear", 5.2804e-4, 2.298, ""),
     (8, "tpe", "infeasible", 0, 128, 2.0, 0.1, "all-linear", 2.2e-4, 0.0, "peak 4.31 GiB alone"),
     (9, "tpe", "failed", 0, 8, 4.0, 0.0, "attention", 6e-4, 0.0, "worker lost: signal 9"),
-    (10, "tpe", "pruned", 1, 8, 8.0, 0.1, "attention", 1.4125e-4, 2.602, "not promoted"),
-    (11, "tpe", "pruned", 1, 32, 1.0, 0.0, "mlp", 8e-4, 2.388, "not promoted"),
+    (10, "tpe", "pruned", 1, 8, 8.0, 0.1, "attention", 1.4125e-4, 2.902, "not promoted"),
+    (11, "tpe", "pruned", 1, 32, 1.0, 0.0, "mlp", 8e-4, 2.688, "not promoted"),
 )
 
 
@@ -130,6 +137,121 @@ def probe_reading(lanes: int, size: int, speed: float, dtype: str = "bfloat16") 
     )
 
 
+# Candidate to its losses by seed: trial 7 is best, trial 3 is tied and smaller, trial 5 the default.
+CONFIRMED = {"trial 7": (2.329, 2.333), "trial 3": (2.337, 2.333), "trial 5": (2.571, 2.579)}
+METRICS = {"trial 7": (0.41, 0.52), "trial 3": (0.4, 0.5), "trial 5": (0.3, 0.4), "": (0.1, 0.2)}
+
+
+def metrics(name: str) -> tuple[MetricResult, ...]:
+    """Return two metrics with values and one that could not be computed."""
+    match, overlap = METRICS[name]
+    draws = random.Random(f"metrics {name}")
+    return (
+        MetricResult(
+            metric="exact-match",
+            values=tuple(float(i < match * NUM_ROWS) for i in range(NUM_ROWS)),
+        ),
+        MetricResult(
+            metric="rouge-l",
+            values=tuple(min(1.0, max(0.0, draws.gauss(overlap, 0.2))) for _ in range(NUM_ROWS)),
+        ),
+        MetricResult(metric="style:length", reason="ZeroDivisionError in row 3: division by zero"),
+    )
+
+
+def candidate(name: str, trials: Sequence[TrialRecord]) -> Candidate:
+    """Return a trial as a candidate; ``default`` is a configuration of its own."""
+    number = None if name == "default" else int(name.removeprefix("trial "))
+    record = trials[5 if number is None else number]
+    return Candidate(
+        name=name,
+        trial=number,
+        config=record.config,
+        steps=STEPS[-1],
+        predicted_bytes=record.predicted_bytes + record.config.rank * 40 * MIB,
+        trainable_parameters=record.trainable_parameters,
+    )
+
+
+def run(name: str, seed: int, loss: float | None) -> ConfirmationRun:
+    """Return a fresh training that ended with this loss; None: it diverged."""
+    if loss is None:
+        return ConfirmationRun(
+            candidate=name, seed=seed, state=TrialState.DIVERGED, reason="loss 9.02 at step 31"
+        )
+    return ConfirmationRun(
+        candidate=name,
+        seed=seed,
+        state=TrialState.COMPLETE,
+        evaluation=evaluation(
+            loss, split="confirmation", seed=hash_of(name) + seed, dtype="float32"
+        ),
+        wall_s=240.0,
+        num_tokens=82_456,
+        peak_bytes=int(2.9 * GIB),
+        pack_lanes=4,
+    )
+
+
+def hash_of(name: str) -> int:
+    """Return a number for a name, the same in every process."""
+    return sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 100_000
+
+
+def confirmation(
+    trials: Sequence[TrialRecord],
+    losses: Mapping[str, Sequence[float | None]] = CONFIRMED,
+    *,
+    default: str | None = "trial 5",
+    with_metrics: bool = False,
+    step_s: float = 1.2,
+) -> Confirmation:
+    """Return a confirmation with these losses of each candidate's seeds, decided by the real rule."""
+    candidates = tuple(candidate(name, trials) for name in losses)
+    runs = tuple(
+        run(name, seed, loss) for name, found in losses.items() for seed, loss in enumerate(found)
+    )
+    decision = decide(
+        [
+            CandidateRuns(
+                name=c.name,
+                evaluations=tuple(r.evaluation for r in runs if r.candidate == c.name),
+                peak_bytes=c.predicted_bytes,
+                step_s=step_s,
+                rank=c.config.rank,
+                lora_dropout=c.config.lora_dropout,
+            )
+            for c in candidates
+        ],
+        default=default,
+        practical_margin=0.005,
+    )
+    if with_metrics:
+        medians = {score.candidate: score.median_seed for score in decision.scores}
+        runs = tuple(
+            replace(r, metrics=metrics(r.candidate)) if r.seed == medians[r.candidate] else r
+            for r in runs
+        )
+    return Confirmation(
+        candidates=candidates,
+        default=default,
+        seeds=max(len(found) for found in losses.values()),
+        runs=runs,
+        base_evaluation=evaluation(2.874, split="confirmation", seed=999, dtype="float32"),
+        base_selection_loss=2.851,
+        base_metrics=metrics("") if with_metrics else (),
+        decision=decision,
+    )
+
+
+def confirmed_study(
+    losses: Mapping[str, Sequence[float | None]], *, default: str | None = "trial 5"
+) -> StudySnapshot:
+    """Return the finished study with other losses in its confirmation."""
+    study = finished_study()
+    return replace(study, confirmation=confirmation(study.trials, losses, default=default))
+
+
 PROBE_READINGS = (
     probe_reading(1, 4, 181.4, "float32"),
     probe_reading(1, 4, 239.0),
@@ -164,8 +286,8 @@ def lock() -> StudyLock:
                 "lora_alpha": None,
                 "learning_rate": [3e-5, 2e-3],
             },
-            "search": {"trials": 12, "sampler": "tpe"},
-            "select": {"practical_margin": 0.005},
+            "search": {"trials": "auto", "sampler": "tpe"},
+            "select": {"practical_margin": 0.005, "seeds": "auto"},
         },
         spec_sha256="5f" * 32,
         model=ModelIdentity(
@@ -212,6 +334,28 @@ def lock() -> StudyLock:
             probe_s=31.25,
         ),
         rungs=STEPS,
+        study_plan=StudyPlan(
+            num_train=2_912,
+            num_selection=NUM_ROWS,
+            num_confirmation=NUM_ROWS,
+            total_steps=STEPS[-1],
+            rungs=STEPS,
+            num_trials=12,
+            finalists=2,
+            seeds=2,
+            search_steps=735,
+            confirmation_steps=1200,
+        ),
+        forecast=Forecast(
+            tokens_per_s=590.3,
+            measured=True,
+            search_steps=735,
+            confirmation_steps=1200,
+            search_s=780.0,
+            evaluation_s=190.0,
+            confirmation_s=1010.0,
+            load_s=60.0,
+        ),
         warmup_steps=6,
         target_sets=(
             TargetSet(
@@ -224,19 +368,25 @@ def lock() -> StudyLock:
     )
 
 
+def with_repeat_clamp_and_overfit(trials: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
+    """Let trial 12 repeat trial 3, trial 4 be clamped from rank 128, trial 0 be best at step 100."""
+    changed = list(trials)
+    first = changed[0]
+    changed[0] = replace(first, rungs=(first.rungs[0], rung_result(0, 1, 2.306), *first.rungs[2:]))
+    changed[4] = replace(changed[4], suggested=replace(changed[4].suggested, rank=128))
+    repeat = replace(trials[3], number=12, origin="tpe", state=TrialState.CACHED, repeats=3)
+    return (*changed, repeat)
+
+
 def finished_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
-    """Return a study of twelve trials, of which every state but running occurs; trial 7 won."""
+    """Return a study of twelve trials and a repeat, of which every state but running occurs."""
+    trials = with_repeat_clamp_and_overfit([trial(row) for row in ROWS])
     return StudySnapshot(
         folder=folder,
         lock=lock(),
-        trials=tuple(trial(row) for row in ROWS),
-        confirmation=Confirmation(
-            winner=7,
-            winner_evaluation=evaluation(2.331, split="confirmation", seed=7, dtype="float32"),
-            base_evaluation=evaluation(2.874, split="confirmation", seed=999, dtype="float32"),
-            base_selection_loss=2.851,
-        ),
-        wall_s=1486.0,
+        trials=trials,
+        confirmation=confirmation(trials, with_metrics=True),
+        wall_s=2184.0,
     )
 
 
@@ -247,18 +397,39 @@ def unfinished_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot
     return replace(study, trials=(*study.trials[:6], running), confirmation=None)
 
 
+def half_confirmed_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
+    """Return the finished study as it was when three runs of its confirmation were missing."""
+    study = finished_study(folder)
+    assert study.confirmation is not None
+    begun = replace(
+        study.confirmation,
+        runs=tuple(replace(run, metrics=()) for run in study.confirmation.runs[:3]),
+        base_evaluation=None,
+        base_metrics=(),
+        decision=None,
+    )
+    return replace(study, confirmation=begun)
+
+
 def fruitless_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
     """Return a study whose twelve trials all diverged, did not fit, or failed."""
     study = finished_study(folder)
     states = (TrialState.DIVERGED, TrialState.INFEASIBLE, TrialState.FAILED)
     trials = tuple(
-        replace(t, state=states[t.number % 3], rungs=(), reason="see log") for t in study.trials
+        replace(t, state=states[t.number % 3], rungs=(), reason="see log", repeats=None)
+        for t in study.trials[:12]
     )
     return replace(study, trials=trials, confirmation=None)
 
 
 def single_trial_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
-    """Return the finished study as if trial 7 had been its only one."""
+    """Return a study of one trial: it has one seed, no default, no plan and no forecast."""
     study = finished_study(folder)
     spec = {**study.lock.spec, "search": {"trials": 1, "sampler": "tpe"}}
-    return replace(study, lock=replace(study.lock, spec=spec), trials=(study.trials[7],))
+    only = replace(study.trials[3], number=0)
+    return replace(
+        study,
+        lock=replace(study.lock, spec=spec, study_plan=None, forecast=None),
+        trials=(only,),
+        confirmation=confirmation([only], {"trial 0": (2.335,)}, default=None),
+    )

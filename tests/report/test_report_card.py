@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from report_studies import finished_study, fruitless_study, unfinished_study
+from report_studies import confirmed_study, finished_study, fruitless_study, unfinished_study
 
 from lora_tune.errors import AllTrialsFailedError
 from lora_tune.report import model_card
@@ -56,9 +56,29 @@ def test_an_unknown_license_is_left_out():
 
 def test_the_card_has_the_confirmed_loss_with_its_interval_and_how_to_load():
     card = model_card(finished_study(), base_model=HUB_ID)
-    assert "2.331 (95 % interval" in card
+    assert "| 2.335 (95 % interval 2.236 to 2.434)" in card
+    assert "| 2.337, 2.333 " in card
+    assert "Better than the default: the loss of trial 7" in card
+    assert "seed 0: of its 2 seeds the median by loss" in card
+    assert "2 times each with fresh seeds" in card
     assert 'PeftModel.from_pretrained(base, "path/to/this/adapter")' in card
     assert "support_avx512bf16_for_cpu = False" in card
+
+
+def test_an_adapter_trained_on_all_rows_says_that_it_was_not_scored():
+    study = finished_study()
+    study = replace(study, confirmation=replace(study.confirmation, refit=True))
+    card = model_card(study, base_model=HUB_ID)
+    assert "trained once more on all rows" in card
+    assert "that adapter itself was not scored" in card
+    assert "seed 0: of its" not in card
+    assert "this adapter saw them" in card
+    assert "not used in training" not in card
+
+
+def test_the_card_of_a_default_that_was_no_trial_names_it():
+    study = confirmed_study({"default": (2.3, 2.31)}, default="default")
+    assert "The default configuration of study docstrings" in model_card(study, base_model=HUB_ID)
 
 
 def test_the_card_names_no_folder_of_the_machine():

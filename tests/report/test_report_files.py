@@ -7,7 +7,13 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from report_studies import finished_study, fruitless_study, single_trial_study, unfinished_study
+from report_studies import (
+    finished_study,
+    fruitless_study,
+    half_confirmed_study,
+    single_trial_study,
+    unfinished_study,
+)
 
 from lora_tune.report import write_reports
 from lora_tune.report.files import report_data
@@ -19,7 +25,8 @@ def refuse(constant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [finished_study, unfinished_study, fruitless_study, single_trial_study]
+    "make",
+    [finished_study, unfinished_study, half_confirmed_study, fruitless_study, single_trial_study],
 )
 def test_three_files_are_written_and_nothing_else_is_left(tmp_path, make):
     (tmp_path / "report.md").write_text("the report before")
@@ -33,8 +40,8 @@ def test_three_files_are_written_and_nothing_else_is_left(tmp_path, make):
 def test_nothing_is_replaced_when_a_report_cannot_be_made(tmp_path):
     study = finished_study(tmp_path)
     (tmp_path / "report.md").write_text("the report before")
-    with pytest.raises(OSError, match="names trial 77"):
-        write_reports(replace(study, confirmation=replace(study.confirmation, winner=77)))
+    with pytest.raises(OSError, match="names trial 7, which"):
+        write_reports(replace(study, trials=study.trials[:7]))
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
 
 
@@ -60,6 +67,11 @@ def test_trials_csv_reads_back_as_the_records(tmp_path):
             assert row["steps"] == trial.steps
             assert row["eval_rows"] == len(trial.rungs[-1].evaluation.loss_sums)
             assert row["eval_loss_rung_0"] == trial.rungs[0].eval_loss
+        assert row["suggested_rank"] == trial.suggested.rank
+        assert row["kept_steps"] == trial.kept.steps if trial.kept else pd.isna(row["kept_steps"])
+        assert row["repeats"] == trial.repeats if trial.repeats else pd.isna(row["repeats"])
+    assert list(frame.query("suggested_rank != rank")["trial"]) == [4]
+    assert list(frame.query("kept_steps < steps")["trial"]) == [0]
     text = (tmp_path / "trials.csv").read_text()
     assert ",200," in text
     assert ",200.0," not in text
@@ -70,22 +82,42 @@ def test_report_json_has_the_documented_parts_without_losses_of_single_examples(
     assert list(data) == [
         "format_version",
         "recommendation",
+        "verdict",
         "summary",
         "lock",
         "trials",
         "confirmation",
+        "decision",
+        "forecast",
         "memory",
         "probe",
     ]
-    assert data["format_version"] == 1
-    assert data["summary"]["winner"] == 7
-    assert len(data["summary"]["confirmation"]["winner_interval"]) == 2
+    assert data["format_version"] == 2
+    assert data["summary"]["chosen"] == data["decision"]["chosen"] == "trial 3"
+    assert data["verdict"]["state"] == "better"
+    assert data["decision"]["tied"] == ["trial 7", "trial 3"]
+    assert len(data["decision"]["scores"][0]["seed_losses"]) == 2
+    assert len(data["summary"]["confirmation"]["base"]["interval"]) == 2
     assert data["trials"][7]["rungs"][2]["eval_loss"] == pytest.approx(2.298, abs=1e-12)
     assert data["trials"][7]["rungs"][2]["evaluation"]["num_examples"] == 96
-    assert data["confirmation"]["winner_evaluation"]["mean_loss"] == pytest.approx(2.331)
+    runs = data["confirmation"]["runs"]
+    assert [(run["candidate"], run["seed"]) for run in runs[:2]] == [("trial 7", 0), ("trial 7", 1)]
+    assert runs[0]["evaluation"]["mean_loss"] == pytest.approx(2.329)
+    assert data["confirmation"]["candidates"][1]["config"]["rank"] == 16
+    assert data["confirmation"]["base_metrics"][0]["num_rows"] == 96
+    assert data["forecast"]["error"] == pytest.approx(2184 / 2040 - 1)
+    assert data["trials"][12]["repeats"] == 3
     text = json.dumps(data)
     assert "loss_sums" not in text
     assert "label_counts" not in text
+    assert '"values"' not in text
+
+
+def test_report_json_of_an_unfinished_study_has_neither_verdict_nor_decision(tmp_path):
+    data = report_data(half_confirmed_study(tmp_path))
+    assert (data["verdict"], data["decision"], data["forecast"]["error"]) == (None, None, None)
+    assert len(data["confirmation"]["runs"]) == 3
+    assert report_data(unfinished_study(tmp_path))["confirmation"] is None
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

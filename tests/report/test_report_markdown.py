@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_studies import finished_study, fruitless_study, single_trial_study, unfinished_study
+from report_studies import (
+    confirmed_study,
+    finished_study,
+    fruitless_study,
+    half_confirmed_study,
+    single_trial_study,
+    unfinished_study,
+)
 
 from lora_tune.report import markdown_escape, render_markdown
 from lora_tune.report.markdown import code_block, markdown_table, python_literal
@@ -118,9 +125,88 @@ def test_a_python_literal_reads_back_as_the_text(payload):
     assert "\n" not in python_literal(payload)
 
 
-def test_the_report_says_that_one_seed_was_trained():
+def cells(report: str, first: str) -> list[str]:
+    """Return the cells of the first table row that begins with a text."""
+    row = next(line for line in report.split("\n") if line.startswith(f"| {first}"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_choice_verdict_and_base_come_first_and_in_this_order():
+    blocks = render_markdown(finished_study()).split("\n\n")
+    assert blocks[1].startswith("**Use trial 3: rank 16,")
+    assert blocks[2].startswith("Better than the default: the loss of trial 7 is 0.24 nats")
+    assert blocks[3].startswith(
+        "On rows that the search never saw the loss of trial 3, mean over 2"
+    )
+    assert blocks[4].startswith("| setting")
+
+
+def test_what_was_trained_is_shown_beside_what_was_proposed():
+    study = finished_study()
+    clamped = replace(study.trials[3], suggested=replace(study.trials[3].suggested, rank=64))
+    trials = (*study.trials[:3], clamped, *study.trials[4:])
+    report = render_markdown(replace(study, trials=trials))
+    assert cells(report, "rank  ")[1] == "16 (64 was proposed, 16 is the largest that fits)"
+    assert "not promoted; rank 128 proposed" in report
+
+
+def test_a_candidate_has_its_losses_difference_and_cost_in_its_rows():
     report = render_markdown(finished_study())
-    assert "no comparison with fresh seeds was made" in report
+    scores = cells(report, "trial 3 ")
+    assert scores[1:] == [
+        "2.335",
+        "2.236 to 2.434",
+        "2.303",
+        "+0.032",
+        "2.337, 2.333",
+        "+0.0040",
+        "-0.0069 to +0.015",
+        "0.47",
+        "tied, chosen",
+    ]
+    facts = cells(report.split("What they are")[1], "trial 3 ")
+    assert facts[1:5] == ["anchor A4", "16", "32", "0"]
+    assert facts[-2:] == ["3.34 GiB", "1.2"]
+    default = cells(report, "trial 5 (default)")
+    assert default[3:5] == ["-", "-"]  # the search ended it after 25 steps: no loss to compare
+
+
+def test_metrics_stand_beside_the_loss_and_a_failed_one_says_why():
+    report = render_markdown(finished_study())
+    row = cells(report.split("Metrics beside the loss")[1], "trial 7 ")
+    assert row[1:] == ["0.42 (0.32 to 0.52)", "0.53 (0.49 to 0.57)", "-"]
+    assert "- style:length has no value: ZeroDivisionError in row 3: division by zero." in report
+    assert "Metrics beside" not in render_markdown(confirmed_study({"trial 7": (2.3, 2.3)}))
+
+
+def test_cost_is_shown_by_phase_beside_forecast_and_flat_grid():
+    report = render_markdown(finished_study())
+    assert cells(report, "wall time")[1] == "36 min 24 s (2184 s), 7 % longer than forecast"
+    assert cells(report, "steps of the search")[1] == "985 (41.0 % of a flat grid)"
+    assert cells(report, "steps of the confirmation")[1] == "1,200 (50.0 % of a flat grid)"
+    assert cells(report, "forecast ")[1].startswith(
+        "34 min 0 s, nothing ending early: loading 1 min"
+    )
+
+
+def test_a_study_of_an_older_version_without_plan_and_forecast_is_reported():
+    report = render_markdown(single_trial_study())
+    assert "forecast" not in report
+    assert "Planned:" not in report
+    assert "Planned: 12 trials, then a confirmation of up to 2 finalists" in render_markdown(
+        finished_study()
+    )
+
+
+def test_a_half_finished_confirmation_shows_its_runs():
+    report = render_markdown(half_confirmed_study())
+    assert report.startswith("# LoRA study docstrings (unfinished)\n")
+    assert cells(report, "trial 7 ")[1:] == ["2.298", "2 runs done"]
+    assert "Load the adapter" not in report
+
+
+def test_a_sign_of_less_is_written_in_words():
+    assert "p below 0.001" in render_markdown(finished_study())
 
 
 def test_the_snippet_of_an_nf4_base_quantizes_it_and_a_plain_one_does_not():
@@ -164,7 +250,9 @@ def test_a_fruitless_study_shows_every_reason_and_no_settings():
 
 
 def test_a_single_trial_is_reported():
-    assert "No other trial has a result to compare with." in render_markdown(single_trial_study())
+    report = render_markdown(single_trial_study())
+    assert "**Use trial 0: " in report
+    assert "Set select.seeds to 2 or more." in report
 
 
 if __name__ == "__main__":

@@ -100,6 +100,29 @@ def test_a_state_without_lanes_losses_or_time_left_has_a_line():
     )
 
 
+RUNS = replace(
+    STATE,
+    phase="confirmation",
+    lanes=(LaneReading(trial=-5, rung=0, step=12, end_step=50, train_loss=2.714),),
+    runs_done=3,
+    runs_total=8,
+    names=((-5, "trial 8 seed 1"),),
+)
+
+
+def test_the_confirmation_counts_runs_and_names_its_lanes():
+    console = Console(file=StringIO(), width=80)
+    with ProgressView(console, clock=Clock(), environ={}) as view:
+        view.update(RUNS)
+    assert console.file.getvalue().startswith("confirmation: 3/8 runs with fresh seeds, 1 lane, ")
+    panel = terminal()
+    with ProgressView(panel, clock=Clock(), environ={}) as view:
+        view.update(RUNS)
+    text = screen(panel)
+    assert "3 of 8 runs with fresh seeds" in text
+    assert "trial 8 seed 1     -  12/50  2.714" in text
+
+
 def test_notes_are_printed_at_once_and_as_they_are():
     clock, console = Clock(), Console(file=StringIO(), width=80)
     with ProgressView(console, clock=clock, environ={}) as view:
@@ -124,7 +147,7 @@ def test_a_terminal_shows_a_panel_with_the_lanes():
     text = screen(console)
     for part in (
         "rung 0",
-        "5 of 24 (4 complete, 1 diverged)",
+        "5 of 24 trials (4 complete, 1 diverged)",
         "2.414 (trial 3)",
         "12/50  2.714",
         "0/50      -",

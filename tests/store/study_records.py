@@ -1,13 +1,16 @@
 """Records as a study of three trials leaves them: realistic values, every optional one absent once."""
 
 from lora_tune.records import (
+    Candidate,
     Confirmation,
+    ConfirmationRun,
     DataFingerprint,
     EvalResult,
     LaneLimit,
     LanePlan,
     MemoryLog,
     MemoryReading,
+    MetricResult,
     ModelIdentity,
     PackPeak,
     Point,
@@ -20,6 +23,7 @@ from lora_tune.records import (
     TrialRecord,
     TrialState,
 )
+from lora_tune.stats.selection import CandidateRuns, decide
 from lora_tune.units import GIB
 
 
@@ -169,11 +173,57 @@ def study_lock(name: str = "docstrings") -> StudyLock:
 
 
 def confirmation(base_selection_loss: float | None = 2.851) -> Confirmation:
+    """Return a confirmation of one finalist and the default, one run of which diverged."""
+    names = ("trial 0", "default")
+    candidates = tuple(
+        Candidate(
+            name=name,
+            trial=0 if name == "trial 0" else None,
+            config=trial_record().config,
+            steps=200,
+            predicted_bytes=7 * GIB,
+            trainable_parameters=1234,
+        )
+        for name in names
+    )
+    done = ConfirmationRun(
+        candidate="trial 0",
+        seed=0,
+        state=TrialState.COMPLETE,
+        evaluation=evaluation("confirmation"),
+        metrics=(MetricResult(metric="exact-match", values=(1.0, 0.0)),),
+        wall_s=12.25,
+        num_tokens=10_000,
+        peak_bytes=3 * GIB,
+        pack_lanes=2,
+    )
+    ended = ConfirmationRun(
+        candidate="default", seed=0, state=TrialState.DIVERGED, reason="loss inf at step 3"
+    )
     return Confirmation(
-        winner=0,
-        winner_evaluation=evaluation("confirmation"),
+        candidates=candidates,
+        default="default",
+        seeds=1,
+        runs=(done, ended),
         base_evaluation=evaluation("confirmation"),
         base_selection_loss=base_selection_loss,
+        clusters=(0, 0, 1, 2),
+        decision=decide(
+            [
+                CandidateRuns(
+                    name=name,
+                    evaluations=(run.evaluation,),
+                    peak_bytes=7 * GIB,
+                    step_s=0.5,
+                    rank=8,
+                    lora_dropout=0.0,
+                )
+                for name, run in zip(names, (done, ended), strict=True)
+            ],
+            default="default",
+            practical_margin=0.005,
+            clusters=(0, 0, 1, 2),
+        ),
     )
 
 

@@ -234,4 +234,5 @@ def test_losses_keep_all_their_digits(store: StudyFolder) -> None:
     store.save_confirmation(confirmation())
     found = store.load_confirmation()
     assert found is not None
-    assert found.winner_evaluation.loss_sums == evaluation().loss_sums
+    assert found.runs[0].evaluation is not None
+    assert found.runs[0].evaluation.loss_sums == evaluation().loss_sums

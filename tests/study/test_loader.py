@@ -73,7 +73,9 @@ def test_the_defaults_that_a_user_is_promised(tmp_path: Path) -> None:
     assert spec.space.rank == (4, 8, 16, 32, 64, 128)
     assert spec.space.alpha_ratio == (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
     assert spec.space.target_modules == ("attention-qv", "attention", "mlp", "all-linear")
-    assert spec.search.trials == 24
+    assert spec.search.trials == "auto"
+    assert spec.search.anchors == ("A1", "A2", "A3", "A4", "A5", "A6")
+    assert spec.select.seeds == "auto"
     assert spec.search.rungs == (0.125, 0.5, 1.0)
     assert spec.run.lanes == "auto"
     assert spec.study.output == "reports"
@@ -205,8 +207,17 @@ def test_values_of_all_kinds_are_read_as_written(tmp_path: Path) -> None:
         ("[search]\nrungs = [0.5]", "search: rungs must rise and end with 1.0."),
         ("[search]\nrungs = [0.5, 0.25, 1.0]", "search: rungs must rise and end with 1.0."),
         (
-            '[search]\nsampler = "grid"',
-            "search.sampler is \"grid\" (text); allowed: 'tpe' or 'random'.",
+            '[search]\nsampler = "cma"',
+            "search.sampler is \"cma\" (text); allowed: 'tpe', 'gp', 'random' or 'grid'.",
+        ),
+        (
+            '[search]\nanchors = ["A7"]',
+            "search.anchors[0] is \"A7\" (text); allowed: 'A1', 'A2', 'A3', 'A4', 'A5' or 'A6'.",
+        ),
+        (
+            '[search]\nanchors = ["A1", {rnk = 8}]',
+            "unknown key search.anchors[1].rnk; did you mean rank? Known: learning_rate, lora_alpha, "
+            "lora_dropout, rank, target_modules.",
         ),
         ("[study]\nseed = -1", "study.seed is -1 (a whole number); it should be greater than or equal to 0."),
         ("[study]\nseed = true", "study.seed is true (true/false); it should be a whole number."),
@@ -329,7 +340,7 @@ VALID: dict[str, dict[str, Any]] = {
     "data": {"train": "rows.jsonl", "max_length": 64, "selection_rows": 8},
     "train": {"epochs": 1.0, "micro_batch_size": 4, "gradient_checkpointing": "auto"},
     "space": {"rank": [8, 16], "target_modules": ["mlp", ["q_proj"]], "learning_rate": [1e-4, 1e-3]},
-    "search": {"trials": 8, "rungs": [0.5, 1.0], "anchors": False},
+    "search": {"trials": 8, "rungs": [0.5, 1.0], "anchors": ["A1", {"rank": 8}]},
     "memory": {"gpu": "24GiB", "safety": 0.9},
     "select": {"practical_margin": 0.01},
     "run": {"lanes": 2, "device": "cpu"},

@@ -1,0 +1,1 @@
+"""Statistics of losses per row: intervals, paired comparisons, the decision; no torch, no Optuna."""
