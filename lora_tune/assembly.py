@@ -13,7 +13,6 @@ from lora_tune.metrics import Metric
 from lora_tune.planning import Inputs, confirmation_dtype, pack_settings
 from lora_tune.records import (
     Candidate,
-    Forecast,
     StudyLock,
     TokenizedRow,
     TrialConfig,
@@ -27,11 +26,12 @@ from lora_tune.search.confirmation import (
     candidate_of,
 )
 from lora_tune.search.gate import Gate, PackPlan
-from lora_tune.search.ladder import Ladder, LadderPlan
+from lora_tune.search.ladder import Ladder, LadderPlan, num_counted
+from lora_tune.search.plan import budget_hours, planned_steps
 from lora_tune.search.proposals import Proposer
 from lora_tune.search.space import SearchSpace
 from lora_tune.store.database import open_optuna_study
-from lora_tune.store.folder import DATABASE, StudyFolder
+from lora_tune.store.folder import DATABASE, RUNS_FOLDER, StudyFolder
 from lora_tune.study.spec import StudySpec
 
 
@@ -103,10 +103,10 @@ def make_ladder(
         return gate.predict(config, pack_plan_of(lock), lanes=plan.lanes)
 
     def out_of_time() -> bool:
-        most_s = search_seconds(spec, lock.forecast)
+        most_s = proposing_seconds(spec, lock, num_trials=num_counted(ladder.records.values()))
         return most_s is not None and elapsed() > most_s
 
-    return Ladder(
+    ladder = Ladder(
         LadderPlan(
             num_trials=sizes.num_trials,
             rungs=lock.rungs,
@@ -128,15 +128,30 @@ def make_ladder(
         trial_folder=store.trial_folder,
         out_of_time=out_of_time,
     )
+    return ladder
 
 
-def search_seconds(spec: StudySpec, forecast: Forecast | None) -> float | None:
-    """Return the seconds after which no new trial begins, so that the confirmation still fits the budget."""
-    hours = [h for h in (spec.search.max_hours, spec.search.max_gpu_hours) if h is not None]
-    if not hours:
+def proposing_seconds(spec: StudySpec, lock: StudyLock, *, num_trials: int) -> float | None:
+    """Return the seconds after which no trial is begun, so that what follows still fits the budget.
+
+    The later rungs of the trials begun so far and the confirmation follow, at the speed of the forecast.
+
+    Args:
+        spec: The study, whose budget may have changed.
+        lock: With the forecast; without one nothing is known of what follows.
+        num_trials: Trials begun so far.
+    """
+    hours, forecast = budget_hours(spec), lock.forecast  # one process trains on one GPU
+    if hours is None:
         return None
-    # one process trains on one GPU, so its hours are those of the wall clock
-    return 3600 * min(hours) - (forecast.confirmation_s if forecast is not None else 0.0)
+    if forecast is None:
+        return 3600 * hours
+    search = planned_steps(
+        lock.rungs, cooldown_ratio=spec.train.cooldown_ratio, num_trials=num_trials
+    )
+    later_share = (search - num_trials * lock.rungs[0]) / forecast.search_steps
+    later_s = later_share * (forecast.search_s + forecast.evaluation_s)
+    return 3600 * hours - later_s - forecast.confirmation_s
 
 
 def make_stage(
@@ -170,7 +185,7 @@ def make_stage(
             cooldown_ratio=spec.train.cooldown_ratio,
             practical_margin=spec.select.practical_margin,
             eval_dtype=confirmation_dtype(spec, inputs.device),
-            folder=store.path / "confirmation",
+            folder=store.path / RUNS_FOLDER,
             base_parameters=lock.model.num_parameters,
             selection_rows=lock.eval_rows[-1] if lock.eval_rows else None,
             clusters=row_clusters(inputs.data.confirmation),

@@ -64,14 +64,20 @@ def publish_folder(target: Path) -> Iterator[Path]:
 
 def is_complete(folder: Path) -> bool:
     """Return whether ``folder`` was published and its files still have the sizes and hashes noted."""
+    digests = published_digests(folder)
+    return digests is not None and all(
+        (folder / name).is_file() and sha256_of(folder / name) == digest
+        for name, digest in digests.items()
+    )
+
+
+def published_digests(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of every file published in ``folder``; None without a manifest that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        digests = manifest["sha256"].items()
+        return dict(manifest["sha256"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return all(
-        (folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in digests
-    )
+        return None
 
 
 def sha256_of(path: Path) -> str:

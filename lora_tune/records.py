@@ -406,7 +406,7 @@ class Forecast:
     confirmation_steps: int
     search_s: float
     evaluation_s: float
-    confirmation_s: float  # with its evaluation
+    confirmation_s: float  # with its evaluation, and the training on all rows where one follows
     load_s: float  # until the first step: base, probe
 
     @property

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from lora_tune.assembly import make_executor, make_ladder, make_stage, pack_plan_of
+from lora_tune.assembly import (
+    make_executor,
+    make_ladder,
+    make_stage,
+    pack_plan_of,
+    proposing_seconds,
+)
 from lora_tune.data import row_clusters
 from lora_tune.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lora_tune.engine.base import BaseModel, quiet_transformers
@@ -19,7 +25,7 @@ from lora_tune.errors import DataError, StoreError, StudyFileError
 from lora_tune.executors.in_process import InProcessExecutor
 from lora_tune.executors.interface import Executor
 from lora_tune.executors.scorer import check_prompts
-from lora_tune.files import is_complete, publish_folder, write_text
+from lora_tune.files import is_complete, publish_folder, published_digests, write_text
 from lora_tune.metrics import Metric, resolve_metrics
 from lora_tune.planning import (
     Inputs,
@@ -32,6 +38,7 @@ from lora_tune.planning import (
     spec_hash,
 )
 from lora_tune.records import (
+    Confirmation,
     LaneJob,
     LaneOutcome,
     LaneReading,
@@ -43,10 +50,11 @@ from lora_tune.records import (
 )
 from lora_tune.report import model_card, write_reports
 from lora_tune.search.calibrator import Calibrator
-from lora_tune.search.confirmation import ConfirmationStage
+from lora_tune.search.confirmation import ConfirmationStage, chosen_folder
 from lora_tune.search.ladder import Ladder, num_counted
+from lora_tune.search.plan import SplitSizes, refit_steps
 from lora_tune.stats.evaluation_power import evaluation_power
-from lora_tune.store.folder import CONFIRMATION_FILE, STUDY_FILE, StudyFolder
+from lora_tune.store.folder import CONFIRMATION_FILE, RUNS_FOLDER, STUDY_FILE, StudyFolder
 from lora_tune.study.spec import StudySpec
 from lora_tune.units import format_bytes
 
@@ -108,9 +116,11 @@ def run_study(
         if lock is not None:
             _check_same_rows(inputs, lock)
             lock = _with_budget(inputs, lock)
-            if _is_finished(store, lock):
+            if _is_finished(store, lock, inputs.spec):
+                write_reports(store.snapshot())
                 return store.snapshot()
             store.save_lock(lock)
+            _reopen(store)
         meter, draft = meter_of(inputs.device), None
         if lock is None:
             draft = draft_plan(inputs, free_bytes=meter.free_bytes)
@@ -191,6 +201,7 @@ def _search_and_confirm(study: _Study) -> None:
                 view.note(text)
             store.save_memory(calibrator.log)
             executor.max_lanes = min(executor.max_lanes, calibrator.lanes)
+        store.save_runtime(study.elapsed())  # a budget counts what a killed run has spent
         progress.show()
 
     train(ladder, executor, told=told)
@@ -227,17 +238,37 @@ def train(source: _Source, executor: Executor, *, told: Callable[[], None]) -> N
         told()
 
 
-def _is_finished(store: StudyFolder, lock: StudyLock) -> bool:
-    """Return whether nothing is left to do: all trials ended, the winner confirmed and published."""
+def _is_finished(store: StudyFolder, lock: StudyLock, spec: StudySpec) -> bool:
+    """Return whether nothing is left to do: no trial to begin or go on with, the winner published."""
     trials, confirmation = store.load_trials(), store.load_confirmation()
+    most_s = proposing_seconds(spec, lock, num_trials=num_counted(trials))
+    out_of_time = most_s is not None and store.load_runtime() > most_s
     return (
         confirmation is not None
         and confirmation.decision is not None
-        and (store.path / ADAPTER_FOLDER / WEIGHTS_FILE).is_file()
+        and _is_published(store, confirmation)
         and lock.study_plan is not None
-        and num_counted(trials) >= lock.study_plan.num_trials
+        and (out_of_time or num_counted(trials) >= lock.study_plan.num_trials)
         and all(trial.state is not TrialState.RUNNING for trial in trials)
     )
+
+
+def _is_published(store: StudyFolder, confirmation: Confirmation) -> bool:
+    """Return whether the study's adapter is there, and the one that was decided for."""
+    shipped = published_digests(store.path / ADAPTER_FOLDER) or {}
+    source = published_digests(chosen_folder(store.path / RUNS_FOLDER, confirmation)) or shipped
+    there = (store.path / ADAPTER_FOLDER / WEIGHTS_FILE).is_file()
+    return there and shipped.get(WEIGHTS_FILE) == source.get(WEIGHTS_FILE)
+
+
+def _reopen(store: StudyFolder) -> None:
+    """Take back the decision, which is made again when the search has come to its new end.
+
+    Otherwise a process killed before that would leave a study that looks finished.
+    """
+    confirmation = store.load_confirmation()
+    if confirmation is not None and confirmation.decision is not None:
+        store.save_confirmation(replace(confirmation, decision=None))
 
 
 def _note_power(study: _Study, ladder: Ladder) -> None:
@@ -267,9 +298,10 @@ def _refit(study: _Study, stage: ConfirmationStage) -> None:
     """Train the chosen configuration once more, on the rows of all three splits."""
     inputs, data = study.inputs, study.inputs.data
     rows = (*data.train, *data.selection, *data.confirmation)
-    steps = stage.chosen.steps
-    if inputs.spec.train.max_steps is None:  # as many passes over the rows as before
-        steps = round(steps * len(rows) / len(data.train))
+    sizes = SplitSizes(
+        train=len(data.train), selection=len(data.selection), confirmation=len(data.confirmation)
+    )
+    steps = refit_steps(inputs.spec, stage.chosen.steps, sizes)
     study.view.note(
         f"training {stage.chosen.name} once more on all {len(rows)} rows, {steps} steps."
     )

@@ -290,9 +290,7 @@ def test_a_file_beside_the_study_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     link = tmp_path / "study" / "linked_metric.py"
     link.symlink_to(tmp_path / "elsewhere" / "linked_metric.py")
-    found = resolve_metrics(
-        ("linked_metric:score",), allow_code=True, base_dir=tmp_path / "study"
-    )
+    found = resolve_metrics(("linked_metric:score",), allow_code=True, base_dir=tmp_path / "study")
     assert found["linked_metric:score"]("", "", "") == 1.0
 
 

@@ -43,7 +43,7 @@ def run(study: str, *, command: str, allow_code: bool) -> None:
             )
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print_report(snapshot, Console(), next_command=f"lora-tune report {snapshot.folder}")
+    print_report(snapshot, Console(), next_command=f"lora-tune verify {snapshot.folder}")
 
 
 def _study_file(study: str) -> Path:

@@ -95,13 +95,9 @@ def _result(summary: ReportSummary) -> list[str]:
     """Return the verdict and the confirmed loss; where the base is no worse, that comes first."""
     sentences = wording.conclusions(summary)
     base = summary.confirmation.base if summary.confirmation else None
-    clear = base is not None and base.reduction_interval is not None
-    if sentences and clear and base is not None and base.reduction_interval is not None:
-        return (
-            sentences
-            if base.reduction_interval.low > 0
-            else [wording.headline(summary), *sentences]
-        )
+    interval = base.reduction_interval if base is not None else None
+    if sentences and interval is not None and interval.low > 0:
+        return sentences
     return [wording.headline(summary), *sentences]
 
 
@@ -177,16 +173,16 @@ def _settings(summary: ReportSummary) -> Markdown:
 def _search(snapshot: StudySnapshot, summary: ReportSummary) -> str:
     lock = snapshot.lock
     version = lock.versions.get("lora-tune", lock.versions.get("lora_tune", ""))
+    version = f" of lora-tune {version}" if version else " of lora-tune"
     rungs = ", ".join(map(str, lock.rungs))
     rows = [str(eval_rows(lock, rung)) for rung in range(len(lock.rungs))]
     if len(set(rows)) == 1:
         rows = rows[:1]
     return (
-        f"{_origin(summary)} of study {lock.name}: "
-        f"{wording.progress_text(summary)}; sampler {spec_value(lock.spec, 'search', 'sampler')}, "
-        f"compared after {rungs} steps on {', '.join(rows)} rows; "
-        f"lora-tune {version}".rstrip()
-        + "."
+        f"{_origin(summary)} of study {lock.name}{version}, which tried {wording.progress_text(summary)}. "
+        f"Trials were proposed by known starting points (anchors) and the sampler "
+        f"{spec_value(lock.spec, 'search', 'sampler')}, and compared after {rungs} steps on "
+        f"{', '.join(rows)} rows."
     )
 
 
@@ -228,7 +224,7 @@ def _environment(snapshot: StudySnapshot) -> Markdown:
     rows = [
         ("quantization of the base", lock.model.quantization),
         ("compute type in training", lock.plan.compute_dtype),
-        *lock.hardware.items(),
+        *resolved.hardware_rows(lock),
         *lock.versions.items(),
     ]
     return markdown_table(("environment", "value"), rows)

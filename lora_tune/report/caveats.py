@@ -27,7 +27,7 @@ def caveats(
         warnings += _divergence_warnings(snapshot, trial.number, config)
     budget = snapshot.lock.plan.budget_bytes
     over = [t.number for t in snapshot.trials if measured_peak(t) > budget > 0]
-    if over:
+    if over and snapshot.lock.plan.device.startswith("cuda"):  # a CPU's peak is of the process
         warnings.append(
             f"The measured peak of {_named(over)} was above the budget of "
             f"{fmt.format_memory(budget)}."
@@ -78,7 +78,8 @@ def _edge_warning(name: str, value: float, choices: object, *, key: str) -> list
     numbers = sorted({float(c) for c in choices if isinstance(c, int | float)})
     if len(numbers) < 2:
         return []
-    text = fmt.format_scientific(value) if value < 0.01 else fmt.format_plain(value)
+    plain = 0.01 <= value < 10_000
+    text = fmt.format_plain(value) if plain else fmt.format_scientific(value)
     for bound, side, advice in ((numbers[0], "lower", "down"), (numbers[-1], "upper", "up")):
         if abs(value - bound) <= 0.05 * bound:
             return [

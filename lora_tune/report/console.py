@@ -13,7 +13,7 @@ from lora_tune.report.confirmation import ConfirmationSummary
 from lora_tune.report.probe import probe_sentence
 from lora_tune.report.ranking import FAILED_STATES, ranked
 from lora_tune.report.summary import Outcome, ReportSummary, summarize
-from lora_tune.report.tables import ALWAYS, TRIAL_COLUMNS, Column, remark
+from lora_tune.report.tables import ALWAYS, Column, remark, trial_columns
 from lora_tune.report.terminal import plain_table, say, say_unbroken
 from lora_tune.units import format_duration
 
@@ -42,7 +42,8 @@ def print_report(
         _print_confirmation(console, summary.confirmation)
     trials = ranked(snapshot.trials)
     if trials:
-        _print_trials(console, trials, leader=summary.leader)
+        columns = trial_columns(summary.device)
+        _print_trials(console, trials, columns, leader=summary.leader)
     if summary.chosen is None and summary.leader is not None:
         say(console, wording.runner_up_sentence(summary))
         say(console, wording.anchor_sentence(summary))
@@ -66,9 +67,15 @@ def print_report(
         say_unbroken(console, f"Next: {command}")
 
 
-def _print_trials(console: Console, trials: Sequence[TrialRecord], *, leader: int | None) -> None:
+def _print_trials(
+    console: Console,
+    trials: Sequence[TrialRecord],
+    known: Sequence[Column],
+    *,
+    leader: int | None,
+) -> None:
     shown = trials[:MAX_ROWS]
-    columns = _columns_that_fit(console, shown)
+    columns = _columns_that_fit(console, shown, known)
     console.print()
     console.print(_table(columns, shown, leader=leader, console=console))
     if len(trials) > len(shown):
@@ -78,8 +85,10 @@ def _print_trials(console: Console, trials: Sequence[TrialRecord], *, leader: in
     console.print()
 
 
-def _columns_that_fit(console: Console, trials: Sequence[TrialRecord]) -> list[Column]:
-    columns = list(TRIAL_COLUMNS)
+def _columns_that_fit(
+    console: Console, trials: Sequence[TrialRecord], known: Sequence[Column]
+) -> list[Column]:
+    columns = list(known)
     if _remark_width(console, columns, trials) < MIN_REMARK_WIDTH:
         columns = [c for c in columns if c.header != "remark"]
     while _width(columns, trials) > console.width and any(c.keep < ALWAYS for c in columns):
@@ -198,10 +207,13 @@ def _plain_table(headers: Sequence[str], count: int) -> Table:
 
 def _cost(summary: ReportSummary) -> str:
     cost = summary.cost
-    parts = [f"{format_duration(cost.wall_s)} on {summary.device}"]
+    parts = [f"{format_duration(cost.wall_s)} on the {wording.device_name(summary.device)}"]
+    if not cost.wall_s:
+        parts = [f"on the {wording.device_name(summary.device)}"]
     if cost.tokens_per_s:
         parts.append(f"{fmt.format_count(cost.num_tokens)} tokens")
         parts.append(f"{fmt.format_count(cost.tokens_per_s)} tokens/s")
     if summary.highest_peak_bytes:
-        parts.append(f"highest peak {fmt.format_memory(summary.highest_peak_bytes)}")
+        whose = "peak" if summary.device.startswith("cuda") else "memory of the process"
+        parts.append(f"highest {whose} {fmt.format_memory(summary.highest_peak_bytes)}")
     return f"{wording.progress_text(summary)}; {', '.join(parts)}."

@@ -2,6 +2,7 @@
 
 from lora_tune.records import StudyLock
 from lora_tune.report import formatting as fmt
+from lora_tune.units import format_bytes
 
 
 def spec_value(spec: object, *keys: str) -> object:
@@ -30,6 +31,18 @@ def setting_text(lock: StudyLock, section: str, key: str) -> str:
     if value is None:
         return "not recorded"
     return fmt.format_plain(value) if isinstance(value, float) else fmt.one_line(str(value))
+
+
+def hardware_rows(lock: StudyLock) -> list[tuple[str, str]]:
+    """Return the hardware as names and values for people, memory in GiB."""
+    rows = []
+    for name, value in lock.hardware.items():
+        if name.endswith("_bytes") and value.isdecimal():
+            name, value = name.removesuffix("_bytes"), format_bytes(int(value))
+        rows.append((name.replace("_", " "), value))
+    if "device" not in lock.hardware:
+        rows.insert(0, ("device", lock.plan.device))
+    return rows
 
 
 def schedule_text(lock: StudyLock, *, steps: int) -> str:

@@ -13,7 +13,7 @@ from lora_tune.report.markdown import (
 )
 from lora_tune.report.ranking import kept_early, measured_peak, ranked
 from lora_tune.report.summary import Outcome, ReportSummary, summarize
-from lora_tune.report.tables import TRIAL_COLUMNS
+from lora_tune.report.tables import trial_columns
 from lora_tune.units import format_bytes, format_duration
 
 
@@ -27,6 +27,7 @@ def render_markdown(snapshot: StudySnapshot) -> str:
         outcome=summary.outcome.value,
         headline=wording.headline(summary),
         conclusions=wording.conclusions(summary),
+        cost_sentence=wording.cost_sentence(summary),
         adapter=_adapter(summary),
         settings=_settings(snapshot, summary),
         certainty=wording.certainty(summary),
@@ -46,6 +47,7 @@ def render_markdown(snapshot: StudySnapshot) -> str:
         probe=_probe(snapshot),
         probe_sentence=probe.probe_sentence(snapshot.lock.plan),
         probe_cost=_probe_cost(snapshot),
+        lanes_are_set=isinstance(resolved.spec_value(snapshot.lock.spec, "run", "lanes"), int),
         memory_sentences=wording.memory_sentences(summary),
         memory_spread=_memory_spread(summary),
         memory_plot=_memory_plot(summary),
@@ -53,7 +55,7 @@ def render_markdown(snapshot: StudySnapshot) -> str:
         data=_data(snapshot),
         environment=_environment(snapshot),
         cost=_cost(summary),
-        schedule=resolved.schedule_text(snapshot.lock, steps=summary.steps),
+        on_gpu=snapshot.lock.plan.device.startswith("cuda"),
         load=load_adapter_context(snapshot, adapter="adapter"),
         command=code_block(fmt.one_line(snapshot.lock.command), "sh"),
     )
@@ -127,8 +129,9 @@ def _metric_reasons(summary: ReportSummary) -> list[str]:
 
 
 def _trials(snapshot: StudySnapshot) -> Markdown:
-    rows = [[c.text(t) for c in TRIAL_COLUMNS] for t in ranked(snapshot.trials)]
-    return markdown_table([c.header for c in TRIAL_COLUMNS], rows)
+    columns = trial_columns(snapshot.lock.plan.device)
+    rows = [[c.text(t) for c in columns] for t in ranked(snapshot.trials)]
+    return markdown_table([c.header for c in columns], rows)
 
 
 def _rungs(summary: ReportSummary) -> Markdown:
@@ -167,11 +170,13 @@ def _rungs(summary: ReportSummary) -> Markdown:
 def _memory(snapshot: StudySnapshot, summary: ReportSummary) -> Markdown:
     plan = snapshot.lock.plan
     predicted = max((t.predicted_bytes for t in snapshot.trials if measured_peak(t)), default=0)
-    kind = "peak allocated" if plan.device.startswith("cuda") else "resident memory"
+    kind = "highest measured peak (allocated)"
+    if not plan.device.startswith("cuda"):
+        kind = "highest memory of the process, libraries included"
     rows = [
         ("budget", _budget_text(plan)),
-        ("highest prediction of a trained trial", fmt.format_memory(predicted)),
-        (f"highest measured peak ({kind})", fmt.format_memory(summary.highest_peak_bytes)),
+        ("highest prediction of a trained pack", fmt.format_memory(predicted)),
+        (kind, fmt.format_memory(summary.highest_peak_bytes)),
         ("lanes trained together", str(plan.lanes)),
         ("micro-batch per lane", str(plan.micro_batch_size)),
         ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
@@ -262,8 +267,7 @@ def _environment(snapshot: StudySnapshot) -> Markdown:
         ("license of the base", model.license or "not known"),
         ("quantization", model.quantization),
         ("compute type", lock.plan.compute_dtype),
-        ("device", lock.plan.device),
-        *lock.hardware.items(),
+        *resolved.hardware_rows(lock),
         *lock.versions.items(),
         ("study file (SHA-256)", lock.spec_sha256),
         ("seed", resolved.setting_text(lock, "study", "seed")),
@@ -277,25 +281,27 @@ def _cost(summary: ReportSummary) -> Markdown:
     speed = fmt.NOTHING
     if cost.tokens_per_s is not None:
         speed = f"{fmt.format_count(cost.tokens_per_s)} (loading and evaluation included)"
-    device = "GPU" if summary.device.startswith("cuda") else "CPU"
     rows = [
-        (f"wall time on the {device}", _time_text(cost)),
+        (f"wall time on the {wording.device_name(summary.device)}", _time_text(cost)),
         *_forecast_rows(cost),
         ("training tokens", fmt.format_count(cost.num_tokens)),
         ("tokens/s", speed),
         ("steps of the search", _share_text(cost.search_steps, cost.grid_steps)),
         ("steps of the confirmation", _share_text(cost.confirmation_steps, cost.grid_steps)),
-        ("steps of a flat grid", fmt.format_count(cost.grid_steps)),
+        ("steps of every trial trained fully", fmt.format_count(cost.grid_steps)),
     ]
     return markdown_table(("cost", "value"), rows)
 
 
 def _time_text(cost: CostSummary) -> str:
-    text = f"{format_duration(cost.wall_s)} ({cost.wall_s:.0f} s)"
+    if not cost.wall_s:
+        return fmt.NOTHING  # the run was killed before it could write the time down
+    text = format_duration(cost.wall_s)
+    if cost.wall_s >= 60:
+        text += f" ({cost.wall_s:.0f} s)"
     if cost.forecast_error is None:
         return text
-    side = "longer" if cost.forecast_error >= 0 else "less"
-    return f"{text}, {abs(100 * cost.forecast_error):.0f} % {side} than forecast"
+    return f"{text}, {wording.forecast_error_text(cost.forecast_error)}"
 
 
 def _forecast_rows(cost: CostSummary) -> list[tuple[str, str]]:
@@ -305,7 +311,7 @@ def _forecast_rows(cost: CostSummary) -> list[tuple[str, str]]:
     return [
         (
             "forecast",
-            f"{format_duration(forecast.total_s)}, nothing ending early: loading "
+            f"{format_duration(forecast.total_s)} if no trial ends early: loading "
             f"{format_duration(forecast.load_s)}, search "
             f"{format_duration(forecast.search_s)}, its evaluation "
             f"{format_duration(forecast.evaluation_s)}, confirmation "
@@ -322,4 +328,4 @@ def _forecast_rows(cost: CostSummary) -> list[tuple[str, str]]:
 def _share_text(steps: int, whole: int) -> str:
     if not whole:
         return fmt.format_count(steps)
-    return f"{fmt.format_count(steps)} ({fmt.format_percent(steps / whole)} of a flat grid)"
+    return f"{fmt.format_count(steps)} ({fmt.format_percent(steps / whole)} of every trial trained fully)"

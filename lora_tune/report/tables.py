@@ -82,6 +82,17 @@ TRIAL_COLUMNS = (
 )
 
 
+def trial_columns(device: str) -> tuple[Column, ...]:
+    """Return the columns that mean something on a device.
+
+    On a CPU a trial's measured peak is left out: it is that of the process, libraries included, and says
+    nothing of the trial.
+    """
+    if device.startswith("cuda"):
+        return TRIAL_COLUMNS
+    return tuple(column for column in TRIAL_COLUMNS if column.header != "measured")
+
+
 def trial_row(trial: TrialRecord, *, num_rungs: int) -> dict[str, object]:
     """Return one trial as a flat row of unrounded values, None where there is none.
 

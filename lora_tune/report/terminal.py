@@ -27,6 +27,6 @@ def plain_table(*, header: bool = True) -> Table:
 
 
 def wants_panel(console: Console, environ: Mapping[str, str]) -> bool:
-    """Say whether a live panel suits the console; not elsewhere than on a terminal, nor with NO_COLOR or CI."""
+    """Say whether a live panel suits the console: on a terminal, unless NO_COLOR or CI is set."""
     plain = environ.get("NO_COLOR") or environ.get("CI")
     return console.is_terminal and not console.is_dumb_terminal and not plain

@@ -92,7 +92,7 @@ def _chosen_too(c: ConfirmationSummary, decision: Decision, comparison: Comparis
     losses = {score.candidate: score.loss for score in decision.scores}
     gain = losses[comparison.reference] - losses[decision.chosen]
     return (
-        f" So is the recommended {c.call(decision.chosen)}, cheaper and tied with it, by "
+        f" So is the recommended {c.call(decision.chosen)}, tied with it, by "
         f"{fmt.format_difference(gain, signed=False)} "
         f"({fmt.format_percent(gain / losses[comparison.reference])})."
     )
@@ -151,10 +151,11 @@ def confirmation_items(c: ConfirmationSummary) -> list[str]:
     if decision is None or chosen is None or chosen.score is None:
         return []
     score = chosen.score
+    each = "" if len(score.seed_losses) == 1 else "each "
     items = [
         f"Confirmed loss of {c.call(chosen.name)}: {fmt.format_loss(score.loss)} nats per token"
         f"{interval_text(Interval(score.low, score.high))}, over "
-        f"{fmt.plural(len(score.seed_losses), 'seed')} (each a training from a fresh random start) on "
+        f"{fmt.plural(len(score.seed_losses), 'seed')} ({each}a training from a fresh random start) on "
         f"{fmt.plural(decision.num_rows, 'row')} that the search never saw"
         f" ({fmt.plural(c.num_labels or 0, 'target token')}, computed in "
         f"{fmt.one_line(c.compute_dtype or '')})."
@@ -162,7 +163,7 @@ def confirmation_items(c: ConfirmationSummary) -> list[str]:
     if c.base is not None:
         items.append(_base_item(c.base))
     if chosen.gap is not None:
-        items.append(_gap_item(chosen, c))
+        items.append(_gap_item(chosen, c, gap=chosen.gap))
     items += tie_items(c, decision)
     items += _noise_items(c, decision)
     if len(decision.scores) > 1:
@@ -217,7 +218,7 @@ def search_sentence(c: ConfirmationSummary) -> str:
     )
 
 
-def _gap_item(chosen: CandidateSummary, c: ConfirmationSummary) -> str:
+def _gap_item(chosen: CandidateSummary, c: ConfirmationSummary, *, gap: float) -> str:
     dtype = ""
     if chosen.search_dtype != c.compute_dtype:
         dtype = f", computed in {fmt.one_line(chosen.search_dtype or '')}"
@@ -229,8 +230,7 @@ def _gap_item(chosen: CandidateSummary, c: ConfirmationSummary) -> str:
     return (
         f"In the search its loss was {fmt.format_loss(chosen.search_loss)} on {rows}{dtype}, where the "
         "best of many looks better than it is. The confirmed loss, the one to quote, is "
-        f"{fmt.format_difference(abs(chosen.gap), signed=False)} "
-        f"{'higher' if chosen.gap >= 0 else 'lower'}{base}."
+        f"{fmt.format_difference(abs(gap), signed=False)} {'higher' if gap >= 0 else 'lower'}{base}."
     )
 
 
@@ -244,7 +244,7 @@ def tie_items(c: ConfirmationSummary, decision: Decision) -> list[str]:
     items = [
         f"Tied with the best, {best}: {names_text(c, others)}. Their difference is inside noise or below "
         f"the practical margin of {fmt.format_percent(decision.practical_margin)}; of those tied the "
-        "cheapest is recommended, by memory, then time, then rank."
+        "cheapest is recommended, by memory, then time, then rank, then loss."
     ]
     if price := price_sentence(c):
         items.append(price)
@@ -272,21 +272,22 @@ def price_sentence(c: ConfirmationSummary) -> str:
     price, decision = c.price, c.decision
     if price is None or decision is None:
         return ""
-    saved = [f"rank {price.chosen_rank} instead of {price.best_rank}"]
-    if price.chosen_rank == price.best_rank:
-        saved = []
+    saved = []
     if abs(price.saved_bytes) >= 0.01 * GIB:
-        saved.insert(0, f"{-price.saved_bytes / GIB:+.2f} GiB")
+        saved.append(f"{-price.saved_bytes / GIB:+.2f} GiB")
     if price.saved_step_s is not None and abs(price.saved_step_s) >= 0.005:
         saved.append(f"{-price.saved_step_s:+.2f} s a step")
+    if price.chosen_rank != price.best_rank:
+        saved.append(f"rank {price.chosen_rank} instead of {price.best_rank}")
     comparison = c.candidate(price.chosen).against_best
     noise = comparison is None or comparison.low <= 0 <= comparison.high
     why = "inside noise" if noise else "below the practical margin"
-    if not saved:
-        saved = ["no larger"]
+    loss = f"a loss {fmt.format_percent(price.relative_loss)} higher, {why}"
+    if fmt.format_percent(price.relative_loss) == fmt.format_percent(0):
+        loss = "the same loss"
     return (
         f"Price of the cheapest: {c.call(price.chosen)} instead of {c.call(price.best)} is "
-        f"{', '.join(saved)}, for a loss {fmt.format_percent(price.relative_loss)} higher, {why}."
+        f"{', '.join(saved) or 'as large'}, for {loss}."
     )
 
 
@@ -357,8 +358,9 @@ def adapter_sentence(c: ConfirmationSummary) -> str:
 
 
 def names_text(c: ConfirmationSummary, names: Iterable[str]) -> str:
-    """Return candidates' names separated by commas."""
-    return ", ".join(c.call(name) for name in names)
+    """Return candidates' names as a list in a sentence."""
+    *first, last = (c.call(name) for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def standing_text(candidate: CandidateSummary) -> str:

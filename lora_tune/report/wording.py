@@ -13,6 +13,7 @@ from lora_tune.stats.redundancy import Redundancy
 from lora_tune.units import format_duration
 
 SIGNIFICANCE = 0.05
+LEAST_CORRELATED = 5  # trials, before the agreement of two rungs is worth a sentence
 
 
 def recommendation(summary: ReportSummary) -> str:
@@ -29,10 +30,9 @@ def headline(summary: ReportSummary) -> str:
     settings = settings_text(summary.config)
     c = summary.confirmation
     if c is None or c.decision is None or summary.chosen is None:
-        confirmed = "It was not confirmed on unseen rows." if c is None else "Not confirmed yet."
         return (
             f"Unfinished ({progress_text(summary)}{runs_text(summary)}); the best so far is trial "
-            f"{summary.leader}: {settings}. {confirmed}"
+            f"{summary.leader}: {settings}. It is not confirmed on unseen rows yet."
         )
     who = f"{c.call(summary.chosen)}: {settings}"
     interval = c.base.reduction_interval if c.base else None
@@ -123,8 +123,10 @@ def runs_text(summary: ReportSummary) -> str:
 
 
 def certainty(summary: ReportSummary) -> list[str]:
-    """Return how far the recommendation can be trusted, one statement an item."""
+    """Return how far the recommendation can be trusted, one statement an item; nothing without one."""
     c = summary.confirmation
+    if summary.outcome is Outcome.NOTHING:
+        return []
     if c is not None and c.decision is not None:
         items = verdict.confirmation_items(c)
     else:
@@ -149,24 +151,26 @@ def certainty(summary: ReportSummary) -> list[str]:
     if summary.redundancy is not None:
         items.append(redundancy_sentence(summary.redundancy))
     return items + [
-        f"The order of trials at rung {c.rung} against rung {c.next_rung}: rank correlation "
-        f"{c.spearman:.2f} (1 is the same order) over the {c.num_trials} trials that reached both"
-        f"{_other_rows(c)}."
-        for c in summary.correlations
+        f"Of the {found.num_trials} trials that reached both, the order at rung {found.rung} and at rung "
+        f"{found.next_rung} has a rank correlation of {found.spearman:.2f} (1 is the same order)"
+        f"{_other_rows(found)}."
+        for found in summary.correlations
+        if found.num_trials >= LEAST_CORRELATED
     ]
 
 
 def redundancy_sentence(redundancy: Redundancy) -> str:
     """Say whether the alpha ratio was a setting of its own on the study's trials."""
     step, ratio = (fmt.format_share(x) for x in (redundancy.step, redundancy.ratio))
-    verdict_text = "was as good as redundant with the learning rate here"
+    found = (
+        "no effect of the ratio by itself is seen here: learning rate and ratio act as one setting"
+    )
     if redundancy.p_value < SIGNIFICANCE:
-        verdict_text = "mattered by itself here"
+        found = "the ratio mattered by itself here"
     return (
         f"Learning rate and alpha ratio: of the differences between {redundancy.num_trials} trials at "
         f"the first rung the effective step (learning rate times lora_alpha / 32) explains {step} "
-        f"beyond rank, and the ratio {ratio} more ({fmt.format_p(redundancy.p_value)}): the ratio "
-        f"{verdict_text}."
+        f"beyond rank, and the ratio {ratio} more ({fmt.format_p(redundancy.p_value)}): {found}."
     )
 
 
@@ -239,9 +243,8 @@ def anchor_sentence(summary: ReportSummary) -> str:
 
 def _noise_text(rival: PairedComparison) -> str:
     numbers = ""
-    if rival.z is not None:
-        error = fmt.format_difference(rival.standard_error, signed=False)
-        numbers = f" (standard error {error}, z = {abs(rival.z):.1f})"
+    if rival.standard_error is not None:
+        numbers = f" (standard error {fmt.format_difference(rival.standard_error, signed=False)})"
     if rival.within_noise:
         return f"within noise of trial {rival.trial}{numbers}"
     margin = ", though below the practical margin of the study" if rival.within_margin else ""
@@ -254,14 +257,43 @@ def forecast_sentence(cost: CostSummary) -> str:
     if forecast is None:
         return ""
     source = "measured speed" if forecast.measured else "the GPU's data sheet"
-    text = f"Forecast {format_duration(forecast.total_s)} (by {source}, nothing ending early)"
+    text = f"Forecast {format_duration(forecast.total_s)} (by {source}, if no trial ends early)"
     if cost.forecast_error is None:
-        return f"{text}; {format_duration(cost.wall_s)} spent so far."
-    side = "longer" if cost.forecast_error >= 0 else "less"
-    return (
-        f"{text}, took {format_duration(cost.wall_s)}: "
-        f"{abs(100 * cost.forecast_error):.0f} % {side}."
-    )
+        return f"{text}; {format_duration(cost.wall_s)} spent." if cost.wall_s else f"{text}."
+    error = forecast_error_text(cost.forecast_error)
+    return f"{text}; it took {format_duration(cost.wall_s)}, {error}."
+
+
+def forecast_error_text(error: float) -> str:
+    """Return took / forecast - 1 in words.
+
+    >>> forecast_error_text(0.07), forecast_error_text(-0.2), forecast_error_text(4.61)
+    ('7 % longer than forecast', '20 % shorter than forecast', '5.6 times as long as forecast')
+    """
+    if error >= 1:
+        return f"{1 + error:.1f} times as long as forecast"
+    return f"{abs(100 * error):.0f} % {'longer' if error >= 0 else 'shorter'} than forecast"
+
+
+def cost_sentence(summary: ReportSummary) -> str:
+    """Return what the study took and what training the recommended configuration takes, if known."""
+    cost, c = summary.cost, summary.confirmation
+    parts = []
+    if cost.wall_s > 0:
+        error = cost.forecast_error
+        against = f", {forecast_error_text(error)}" if error is not None else ""
+        took = "took" if summary.outcome is not Outcome.UNFINISHED else "has taken"
+        device = device_name(summary.device)
+        parts.append(f"The study {took} {format_duration(cost.wall_s)} on the {device}{against}.")
+    if c is not None and c.chosen is not None and c.chosen.candidate.predicted_bytes:
+        memory = fmt.format_memory(c.chosen.candidate.predicted_bytes)
+        parts.append(f"Training {c.call(c.chosen.name)} alone needs {memory} by the estimate.")
+    return " ".join(parts)
+
+
+def device_name(device: str) -> str:
+    """Return what a study ran on as people say it."""
+    return "GPU" if device.startswith("cuda") else "CPU"
 
 
 def states_text(summary: ReportSummary) -> str:

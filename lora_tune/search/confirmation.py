@@ -67,9 +67,18 @@ def candidate_of(record: TrialRecord, *, steps: int | None = None) -> Candidate:
     )
 
 
-def run_folder(plan: ConfirmationPlan, candidate: str, seed: int) -> Path:
+def run_folder(folder: Path, candidate: str, seed: int) -> Path:
     """Return where the files of a run are: its adapter."""
-    return plan.folder / f"{candidate.replace(' ', '-')}-seed-{seed}"
+    return folder / f"{candidate.replace(' ', '-')}-seed-{seed}"
+
+
+def chosen_folder(folder: Path, confirmation: Confirmation) -> Path:
+    """Return where the adapter to ship is, below the folder of all runs, after the decision."""
+    decision = confirmation.decision
+    assert decision is not None
+    if confirmation.refit:
+        return folder / REFIT_FOLDER
+    return run_folder(folder, decision.chosen, decision.median_seed)
 
 
 def with_fresh_seed(config: TrialConfig, *, study_seed: int, seed: int) -> TrialConfig:
@@ -170,11 +179,7 @@ class ConfirmationStage:
     @property
     def chosen_folder(self) -> Path:
         """Where the adapter to ship is: of the chosen candidate's median seed, or of its refit."""
-        decision = self.confirmation.decision
-        assert decision is not None
-        if self.confirmation.refit:
-            return self.plan.folder / REFIT_FOLDER
-        return run_folder(self.plan, decision.chosen, decision.median_seed)
+        return chosen_folder(self.plan.folder, self.confirmation)
 
     def planned_steps(self) -> int:
         """Return the optimizer steps of all runs."""
@@ -259,7 +264,7 @@ class ConfirmationStage:
             start_step=0,
             hold_step=hold_step_of(candidate.steps, self.plan.cooldown_ratio),
             warmup_steps=self.plan.warmup_steps,
-            result_folder=run_folder(self.plan, candidate.name, seed),
+            result_folder=run_folder(self.plan.folder, candidate.name, seed),
         )
 
     def _evaluation(
@@ -310,7 +315,7 @@ class ConfirmationStage:
         else:
             candidate = self.confirmation.candidate(name)
             job = self._evaluation(number, candidate.config, candidate.steps, "confirmation")
-            job = replace(job, start_folder=run_folder(self.plan, name, run.seed))
+            job = replace(job, start_folder=run_folder(self.plan.folder, name, run.seed))
         return replace(job, eval_dtype="train", eval_rows=None, metrics=self.plan.metrics)
 
     def _with_metrics(self, found: Confirmation, outcome: LaneOutcome) -> Confirmation:

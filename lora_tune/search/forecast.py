@@ -14,6 +14,8 @@ from lora_tune.errors import StudyFileError
 from lora_tune.records import Forecast, LanePlan, ProbeReading, StudyPlan
 from lora_tune.search.evaluation import RungCosts
 from lora_tune.search.plan import (
+    FEWEST_TRIALS,
+    MOST_TRIALS,
     SplitSizes,
     budget_hours,
     confirmation_runs,
@@ -21,6 +23,7 @@ from lora_tune.search.plan import (
     most_trials,
     plan_study,
     planned_steps,
+    refit_steps,
     study_rungs,
 )
 from lora_tune.study.spec import StudySpec
@@ -59,7 +62,12 @@ class StudySpeed:
 
 
 def forecast_study(
-    plan: StudyPlan, costs: RungCosts, *, eval_rows: Sequence[int], speed: StudySpeed
+    plan: StudyPlan,
+    costs: RungCosts,
+    *,
+    eval_rows: Sequence[int],
+    speed: StudySpeed,
+    refit: int = 0,
 ) -> Forecast:
     """Return what a study will take when no trial ends early.
 
@@ -68,6 +76,7 @@ def forecast_study(
         costs: What the rungs train.
         eval_rows: Selection rows evaluated at each rung.
         speed: Of its packs.
+        refit: Steps of the training on all rows; 0: there is none.
     """
     entered = entered_trials(plan.num_trials, len(plan.rungs))
     step_tokens = costs.effective_batch_size * speed.row_tokens
@@ -82,6 +91,7 @@ def forecast_study(
     confirmed = (
         (runs + 1) * plan.num_confirmation * speed.confirmation_slowdown
     )  # and the untuned base
+    confirmation_s = speed.training_s(runs, plan.total_steps * step_tokens) + confirmed * row_s
     return Forecast(
         tokens_per_s=speed.tokens_per_s(speed.lanes),
         measured=speed.measured,
@@ -89,7 +99,7 @@ def forecast_study(
         confirmation_steps=plan.confirmation_steps,
         search_s=search_s,
         evaluation_s=evaluated * row_s,
-        confirmation_s=speed.training_s(runs, plan.total_steps * step_tokens) + confirmed * row_s,
+        confirmation_s=confirmation_s + speed.training_s(min(1, refit), refit * step_tokens),
         load_s=speed.load_s,
     )
 
@@ -130,11 +140,14 @@ def plan_and_forecast(
     )
     eval_rows = costs.eval_rows(sizes.selection, whole_at_last=spec.data.selection_rows is not None)
     hours = budget_hours(spec, num_devices=num_devices)
+    refit = 0
+    if spec.select.refit == "all-rows":
+        refit = refit_steps(spec, costs.rungs[-1], sizes)
 
     def forecast_of(plan: StudyPlan) -> Forecast | None:
         if speed is None:
             return None
-        return forecast_study(plan, costs, eval_rows=eval_rows, speed=speed)
+        return forecast_study(plan, costs, eval_rows=eval_rows, speed=speed, refit=refit)
 
     def within_budget(plan: StudyPlan) -> bool:
         forecast = forecast_of(plan)
@@ -144,8 +157,18 @@ def plan_and_forecast(
     plan = plan_study(
         spec, sizes, num_anchors=num_anchors, within_budget=within_budget if known else None
     )
-    notes = (*plan.notes, *costs.notes(eval_rows, sizes.selection))
-    return PlannedStudy(plan, forecast_of(plan), eval_rows, notes)
+    notes = [*plan.notes, *costs.notes(eval_rows, sizes.selection)]
+    is_open = hours is not None and speed is None and spec.search.trials == "auto"
+    if is_open and not plan.anchors_only:
+        notes.append(
+            f"search.trials is auto: {FEWEST_TRIALS} to {MOST_TRIALS} trials, as many as the budget pays "
+            f"for at the speed that is measured when the study begins; {plan.num_trials} are shown here."
+        )
+    if refit:
+        notes.append(
+            f"select.refit: one more run of up to {refit} steps on all rows follows the confirmation."
+        )
+    return PlannedStudy(plan, forecast_of(plan), eval_rows, tuple(notes))
 
 
 def measured_speed(

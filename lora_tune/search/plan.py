@@ -253,8 +253,8 @@ def plan_study(
     notes = [*_size_notes(spec, plan, too_small=too_small), *_confirmation_notes(spec, plan)]
     if not fits(plan):
         notes.append(
-            "the budget is less than the plan needs: no new trial is begun when only the confirmation "
-            f"still fits. Raise {_budget_key(spec)}, or lower search.trials or train.epochs."
+            "the budget is less than the plan needs: no new trial is begun when only later rungs and the "
+            f"confirmation still fit. Raise {_budget_key(spec)}, or lower search.trials or train.epochs."
         )
     return replace(plan, notes=tuple(notes))
 
@@ -262,6 +262,16 @@ def plan_study(
 def confirmation_runs(plan: StudyPlan) -> int:
     """Return the full trainings of the confirmation: every finalist and the default with every seed."""
     return (plan.finalists + 1) * plan.seeds
+
+
+def refit_steps(spec: StudySpec, steps: int, sizes: SplitSizes) -> int:
+    """Return the optimizer steps of a run on all rows: as many passes over them as ``steps`` were before.
+
+    A run whose length is given in steps keeps it.
+    """
+    if spec.train.max_steps is not None:
+        return steps
+    return round(steps * (sizes.train + sizes.selection + sizes.confirmation) / sizes.train)
 
 
 def _with_confirmation(spec: StudySpec, plan: StudyPlan) -> StudyPlan:
@@ -287,12 +297,12 @@ def _confirmation_choices(spec: StudySpec) -> Iterator[tuple[int, int]]:
 
 def _size_notes(spec: StudySpec, plan: StudyPlan, *, too_small: bool) -> Iterator[str]:
     rows = plan.num_train + plan.num_selection + plan.num_confirmation
-    asked = spec.data.selection_rows or spec.data.confirmation_rows
-    if asked and spec.data.eval is None and plan.num_train < LEAST_TRAIN_SHARE * rows:
-        yield (
-            f"{plan.num_train / rows:.0%} of the rows are left for training: data.selection_rows and "
-            "data.confirmation_rows take the others."
-        )
+    if spec.data.eval is None and plan.num_train < LEAST_TRAIN_SHARE * rows:
+        asked = spec.data.selection_rows or spec.data.confirmation_rows
+        others = "data.selection_rows and data.confirmation_rows take the others."
+        if not asked:
+            others = "the two held-out splits have at least 8 each."
+        yield f"{plan.num_train / rows:.0%} of the rows are left for training: {others}"
     if not too_small:
         return
     least = least_rung_steps(spec, plan.total_steps)

@@ -5,7 +5,7 @@ product. Models of the first rung's loss, each with the terms of the one before:
 
     rank:   1, log r
     step:   ... and log u, (log u)**2    with u = learning_rate * lora_alpha / 32, the effective step
-    ratio:  ... and log q, (log q)**2    with q = lora_alpha / rank
+    ratio:  ... and log q, (log q)**2    with q = lora_alpha / rank; of two ratios log q alone
 
 If the last adds nothing, the ratio is redundant with the learning rate on these data.
 """
@@ -22,7 +22,6 @@ from lora_tune.stats.paired import Floats
 
 MIN_TRIALS = 12  # six terms and as many left to tell the error from
 REFERENCE_ALPHA = 32.0
-_RATIO_TERMS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +53,17 @@ def ratio_redundancy(trials: Sequence[TrialRecord]) -> Redundancy | None:
     losses = np.asarray([trial.rungs[0].eval_loss for trial in used])
     terms = np.asarray([_terms(trial) for trial in used])
     models = [terms[:, :1], terms[:, :2], terms[:, :4], terms]
-    varied = _scaled(terms[:, 1:])
-    columns = 4 + bool(varied[:, 0].any())  # a study may have a single rank
-    if np.ptp(losses) == 0 or np.linalg.matrix_rank(varied) < columns:
+    if np.ptp(losses) == 0 or not _is_varied(terms):
         return None
     errors = [_squares(model, losses) for model in models]
-    free = [len(used) - np.linalg.matrix_rank(model) for model in models]
+    free = [len(used) - int(np.linalg.matrix_rank(_scaled(model[:, 1:]))) - 1 for model in models]
     shares = [1 - (e / f) / (errors[0] / free[0]) for e, f in zip(errors, free, strict=True)]
     return Redundancy(
         num_trials=len(used),
         rank=float(shares[1]),
         step=float(shares[2] - shares[1]),
         ratio=float(shares[3] - shares[2]),
-        p_value=_f_test(errors[2], errors[3], int(free[3])),
+        p_value=_f_test(errors[2], errors[3], terms=free[2] - free[3], free=free[3]),
     )
 
 
@@ -75,6 +72,14 @@ def _terms(trial: TrialRecord) -> tuple[float, ...]:
     step = log(config.learning_rate * config.lora_alpha / REFERENCE_ALPHA)
     ratio = log(config.lora_alpha / config.rank)
     return (1.0, log(config.rank), step, step**2, ratio, ratio**2)
+
+
+def _is_varied(terms: Floats) -> bool:
+    """Return whether the step varies beyond the rank, and the ratio beyond both; the rank may be one."""
+    columns = _scaled(terms[:, 1:])
+    has_rank = int(columns[:, 0].any())
+    ranks = [int(np.linalg.matrix_rank(columns[:, :count])) for count in (3, 4)]
+    return ranks == [has_rank + 2, has_rank + 3]
 
 
 def _scaled(columns: Floats) -> Floats:
@@ -91,8 +96,8 @@ def _squares(terms: Floats, losses: Floats) -> float:
     return float(((losses - fitted) ** 2).sum())
 
 
-def _f_test(without: float, with_ratio: float, free: int) -> float:
+def _f_test(without: float, with_ratio: float, *, terms: int, free: int) -> float:
     if with_ratio <= 0:
         return 1.0 if without <= 0 else 0.0
-    statistic = max(0.0, without - with_ratio) / _RATIO_TERMS / (with_ratio / free)
-    return float(fdtrc(_RATIO_TERMS, free, statistic))
+    statistic = max(0.0, without - with_ratio) / terms / (with_ratio / free)
+    return float(fdtrc(terms, free, statistic))

@@ -9,7 +9,7 @@ The rule, each sentence of which is a test in ``tests/stats/test_selection.py``:
    lead over it is above 5 % after Holm's correction: several were tried against the one default.
 3. The verdict is *better* when the default is not tied with a better candidate, *worse* when the default
    is the best and nothing ties with it, else *not distinguishable*.
-4. Of what is tied the cheapest is chosen: memory, then time, then rank, then dropout, then loss. When the
+4. Of what is tied the cheapest is chosen: memory, then time, then rank, then loss. When the
    verdict is *better*, only what itself leads the default beyond noise and margin can be chosen. Otherwise
    nothing can be that was measured worse than the default beyond noise or beyond the margin.
 5. The adapter of the chosen candidate's median seed is shipped, of an even number the upper of the two
@@ -298,14 +298,14 @@ def _comparison(
 def _cheapest(scores: Sequence[CandidateScore]) -> CandidateScore:
     """Return the cheapest: of those within half a GiB of the least memory, within 5 % of the least time.
 
-    Time is left out when it is not known of every one. Then rank, dropout, loss and name decide.
+    Time is left out when it is not known of every one. Then rank, loss, dropout and name decide.
     """
     least = min(score.peak_bytes for score in scores)
     scores = [score for score in scores if score.peak_bytes - least < MEMORY_STEP_BYTES]
     fastest = min(score.step_s for score in scores)
     if fastest > 0:
         scores = [score for score in scores if score.step_s <= TIME_STEP * fastest]
-    return min(scores, key=lambda s: (s.rank, s.lora_dropout, s.loss, s.candidate))
+    return min(scores, key=lambda s: (s.rank, s.loss, s.lora_dropout, s.candidate))
 
 
 def _cost_point(score: CandidateScore) -> CostPoint:

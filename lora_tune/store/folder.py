@@ -40,6 +40,7 @@ LOCK_FILE = "study.lock.json"
 DATABASE = "study.db"
 OWNER_FILE = "owner.lock"
 CONFIRMATION_FILE = "confirmation.json"
+RUNS_FOLDER = "confirmation"
 RUNTIME_FILE = "runtime.json"
 MEMORY_FILE = "memory.json"
 

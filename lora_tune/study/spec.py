@@ -198,7 +198,7 @@ class SearchSection(Section):
     learning rates. Costs about 1 % of training all trials fully."""
     max_hours: PositiveFloat | None = None
     """Wall-clock budget in hours, confirmation and earlier runs counted in; no new trial is begun when
-    only the confirmation still fits."""
+    only later rungs and the confirmation still fit."""
     max_gpu_hours: PositiveFloat | None = None
     """The same in hours of all GPUs together."""
 

@@ -59,7 +59,7 @@ def test_the_card_has_the_confirmed_loss_with_its_interval_and_how_to_load():
     assert "| 2.335 (95 % interval 2.236 to 2.434)" in card
     assert "| 2.337, 2.333 " in card
     assert "Better than the default: the loss of trial 7" in card
-    assert "seed 0: of its 2 seeds the median by loss" in card
+    assert "seed 0: of its 2 seeds the one of higher loss" in card
     assert "2 times each with fresh seeds" in card
     assert 'PeftModel.from_pretrained(base, "path/to/this/adapter")' in card
     assert "support_avx512bf16_for_cpu = False" in card

@@ -62,8 +62,20 @@ def test_every_kind_of_end_is_told_apart_with_its_reason():
 def test_a_wide_console_shows_the_remarks_in_the_table():
     text = printed(finished_study(), width=200)
     header = next(line for line in text.split("\n") if line.startswith("trial  "))
-    assert header.split()[-3:] == ["measured", "tokens/s", "remark"]
+    assert header.split()[-3:] == ["predicted", "tokens/s", "remark"]
     assert "Trial 8 infeasible:" not in text
+
+
+def test_a_measured_peak_stands_beside_the_estimate_on_a_gpu_alone():
+    # On a CPU it is the memory of the process, libraries included.
+    study = finished_study()
+    assert "measured" not in printed(study, width=200).split("Adapter")[0].replace(
+        "by measured", ""
+    )
+    plan = replace(study.lock.plan, device="cuda")
+    on_gpu = printed(replace(study, lock=replace(study.lock, plan=plan)), width=200)
+    header = next(line for line in on_gpu.split("\n") if line.startswith("trial  "))
+    assert header.split()[-4:] == ["predicted", "measured", "tokens/s", "remark"]
 
 
 def test_a_reason_too_long_for_the_table_is_printed_in_full_below():
@@ -113,8 +125,8 @@ def test_the_console_begins_with_the_choice_and_the_verdict():
     assert (
         "Better than the default: the loss of trial 7 is 0.24 nats per token (9.5 %) below" in text
     )
-    assert "The search saw 2.303 of trial 3, gap +0.032." in text
-    assert "took 36 min 24 s: 7 % longer." in text
+    assert "In the search, on other rows, the loss of trial 3 was 2.303; the confirmed one" in text
+    assert "it took 36 min 24 s, 7 % longer than forecast." in text
     assert "Adapter: reports/docstrings/adapter" in text
 
 

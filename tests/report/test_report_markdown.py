@@ -131,14 +131,20 @@ def cells(report: str, first: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_choice_verdict_and_base_come_first_and_in_this_order():
+def test_choice_verdict_base_and_cost_come_first_and_in_this_order():
     blocks = render_markdown(finished_study()).split("\n\n")
     assert blocks[1].startswith("**Use trial 3: rank 16,")
     assert blocks[2].startswith("Better than the default: the loss of trial 7 is 0.24 nats")
     assert blocks[3].startswith(
         "On rows that the search never saw the loss of trial 3, mean over 2"
     )
-    assert blocks[4].startswith("| setting")
+    assert blocks[4] == (
+        "The study took 36 min 24 s on the CPU, 7 % longer than forecast. Training trial 3 alone needs "
+        "3.34 GiB by the estimate."
+    )
+    assert blocks[5].startswith("| setting")
+    titles = [block for block in blocks if block.startswith("## ")]
+    assert titles[:4] == ["## How sure is this", "## Candidates", "## Cost", "## All trials"]
 
 
 def test_what_was_trained_is_shown_beside_what_was_proposed():
@@ -179,13 +185,16 @@ def test_metrics_stand_beside_the_loss_and_a_failed_one_says_why():
     assert "Metrics beside" not in render_markdown(confirmed_study({"trial 7": (2.3, 2.3)}))
 
 
-def test_cost_is_shown_by_phase_beside_forecast_and_flat_grid():
+def test_cost_is_shown_by_phase_beside_forecast_and_training_all_fully():
     report = render_markdown(finished_study())
     assert cells(report, "wall time")[1] == "36 min 24 s (2184 s), 7 % longer than forecast"
-    assert cells(report, "steps of the search")[1] == "985 (41.0 % of a flat grid)"
-    assert cells(report, "steps of the confirmation")[1] == "1,200 (50.0 % of a flat grid)"
+    assert cells(report, "steps of the search")[1] == "985 (41.0 % of every trial trained fully)"
+    assert (
+        cells(report, "steps of the confirmation")[1]
+        == "1,200 (50.0 % of every trial trained fully)"
+    )
     assert cells(report, "forecast ")[1].startswith(
-        "34 min 0 s, nothing ending early: loading 1 min"
+        "34 min 0 s if no trial ends early: loading 1 min"
     )
 
 
@@ -193,9 +202,15 @@ def test_a_study_of_an_older_version_without_plan_and_forecast_is_reported():
     report = render_markdown(single_trial_study())
     assert "forecast" not in report
     assert "Planned:" not in report
-    assert "Planned: 12 trials, then a confirmation of up to 2 finalists" in render_markdown(
+    assert "Planned: 12 trials, then a confirmation of the 2 best, one more if" in render_markdown(
         finished_study()
     )
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_time_claims_none():
+    report = render_markdown(replace(finished_study(), wall_s=0.0))
+    assert "The study took" not in report
+    assert cells(report, "wall time")[1] == "-"
 
 
 def test_a_half_finished_confirmation_shows_its_runs():
@@ -206,7 +221,7 @@ def test_a_half_finished_confirmation_shows_its_runs():
 
 
 def test_a_sign_of_less_is_written_in_words():
-    assert "p below 0.001" in render_markdown(finished_study())
+    assert "| below 0.01 |" in render_markdown(finished_study())
 
 
 def test_the_snippet_of_an_nf4_base_quantizes_it_and_a_plain_one_does_not():

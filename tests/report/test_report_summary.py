@@ -189,7 +189,7 @@ def test_redundancy_of_learning_rate_and_ratio_is_shown_with_enough_trials():
     text = " ".join(wording.certainty(alone))
     assert "Learning rate and alpha ratio: of the differences between 24 trials" in text
     assert alone.redundancy.step > 0.9
-    assert "the ratio was as good as redundant with the learning rate here." in text
+    assert "learning rate and ratio act as one setting." in text
     both = " ".join(wording.certainty(summarize(replace(study, trials=tuple(trials["ratio"])))))
     assert "the ratio mattered by itself here." in both
 
@@ -265,12 +265,15 @@ def test_a_learning_rate_near_a_diverged_one_is_warned_about():
 
 def test_a_peak_above_the_budget_and_a_clamped_rank_are_warned_about():
     study = undecided(finished_study())
-    plan = replace(study.lock.plan, budget_bytes=study.trials[10].rungs[0].peak_bytes)
+    budget = study.trials[10].rungs[0].peak_bytes
+    plan = replace(study.lock.plan, budget_bytes=budget, device="cuda")
     study = replace(study, lock=replace(study.lock, plan=plan))
     clamped = replace(study.trials[7], suggested=replace(study.trials[7].suggested, rank=128))
     study = replace(study, trials=(*study.trials[:7], clamped, *study.trials[8:]))
     text = " ".join(summarize(study).warnings)
     assert "The measured peak of trial 11 was above the budget of 2.93 GiB." in text
+    on_cpu = replace(study, lock=replace(study.lock, plan=replace(plan, device="cpu")))
+    assert "measured peak" not in " ".join(summarize(on_cpu).warnings)  # it is of the process
     assert "proposed with rank 128 and trained with 32" in text
 
 

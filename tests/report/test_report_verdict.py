@@ -40,14 +40,14 @@ def test_better_says_by_how_much_how_sure_and_on_what():
         "Better than the default: the loss of trial 7 is 0.24 nats per token (9.5 %) below that of "
         "the default configuration (95 % interval 0.2"
     )
-    assert text.endswith("p below 0.001, 2 seeds, 96 unseen rows).")
+    assert text.endswith(", 2 seeds, 96 unseen rows).")
     assert "did not beat" not in text
 
 
 def test_a_cheaper_choice_than_the_best_is_said_to_beat_the_default_as_well():
     text = verdict.verdict_sentence(summarize(finished_study()).confirmation)
     # (2.575 - 2.335) and its share of 2.575
-    assert text.endswith("So is the recommended trial 3, by 0.24 (9.3 %).")
+    assert text.endswith("So is the recommended trial 3, tied with it, by 0.24 (9.3 %).")
 
 
 def test_same_names_the_smallest_difference_that_could_be_seen():
@@ -55,8 +55,8 @@ def test_same_names_the_smallest_difference_that_could_be_seen():
     assert decision_of(c).verdict is Verdict.SAME
     text = verdict.verdict_sentence(c)
     assert text.startswith(
-        "No measurable difference from the default: trial 7 less the default is -0.0030 nats per "
-        "token (95 % interval -0.0"
+        "No measurable difference from the default: the loss of trial 7 is 0.0030 nats per token (0.1 %) "
+        "below that of the default configuration (95 % interval of the difference -0.0"
     )
     assert "inside noise" in text
     seen = f"{decision_of(c).smallest_visible:.3f}"
@@ -69,8 +69,24 @@ def test_same_by_the_practical_margin_is_not_called_noise():
     comparison = replace(decision_of(c).against_default, low=-0.005, high=-0.001)
     decision = replace(decision_of(c), against_default=comparison)
     text = verdict.verdict_sentence(replace(c, decision=decision))
-    assert "below the practical margin of 0.5 %" in text
+    assert text == (
+        "No difference that matters from the default: the loss of trial 7 is 0.0030 nats per token "
+        "(0.1 %) below that of the default configuration (95 % interval 0.0010 to 0.0050, 2 seeds, 96 "
+        "unseen rows), less than the practical margin of 0.5 %. Tuning did not beat the default."
+    )
+
+
+def test_same_by_the_number_of_candidates_names_the_corrected_p_value():
+    c = confirmed({"trial 7": (2.331, 2.335), "trial 5": (2.334, 2.338)})
+    comparison = replace(
+        decision_of(c).against_default, difference=-0.05, low=-0.09, high=-0.01, p_adjusted=0.0712
+    )
+    decision = replace(decision_of(c), against_default=comparison)
+    text = verdict.verdict_sentence(replace(c, decision=decision))
+    assert text.startswith("No sure difference from the default: the loss of trial 7 is 0.05")
+    assert "several candidates were compared with it (p = 0.07 by Holm's correction)." in text
     assert "inside noise" not in text
+    assert "practical margin" not in text
 
 
 def test_worse_recommends_the_default():
@@ -125,8 +141,8 @@ def test_the_first_anchor_that_was_beaten_is_not_mentioned():
 def test_the_price_of_the_cheapest_is_what_it_saves_and_costs():
     c = summarize(finished_study()).confirmation
     assert verdict.price_sentence(c) == (
-        "Price of the cheapest: trial 3 instead of trial 7 is -0.64 GiB, rank 16 instead of 32 for "
-        "+0.2 % loss, inside noise."
+        "Price of the cheapest: trial 3 instead of trial 7 is -0.64 GiB, rank 16 instead of 32, for a "
+        "loss 0.2 % higher, inside noise."
     )
     alone = confirmed({"trial 7": (2.3, 2.31), "trial 5": (2.57, 2.58)})
     assert verdict.price_sentence(alone) == ""
@@ -152,7 +168,7 @@ def test_seed_noise_power_and_front_are_stated():
     assert f"would show in 4 of 5 studies is {decision_of(c).smallest_visible:.3f}." in text
     assert f"would need about {decision_of(c).rows_needed / 10:.0f}0 confirmation rows." in text
     front = decision_of(c).front
-    assert "): trial 7, trial 3. Lowest loss: trial 7;" in text
+    assert "): trial 7 and trial 3. Lowest loss: trial 7;" in text
     assert f"best balance (knee): {front.knee}; smallest within" in text
     assert text.endswith("practical margin: trial 3.")
 
@@ -171,7 +187,7 @@ def test_one_seed_is_said_to_show_no_seed_noise():
     assert "one seed, which shows no seed noise" in verdict.verdict_sentence(c)
     text = " ".join(verdict.confirmation_items(c))
     assert "Set select.seeds to 2 or more." in text
-    assert "over 1 seed (each" in text
+    assert "over 1 seed (a training" in text
     assert (
         verdict.adapter_sentence(c) == "The adapter is that of the one fresh training of trial 7."
     )
@@ -179,8 +195,8 @@ def test_one_seed_is_said_to_show_no_seed_noise():
 
 def test_search_score_confirmed_score_and_gap_stand_side_by_side():
     text = " ".join(verdict.confirmation_items(summarize(finished_study()).confirmation))
-    assert "The search saw 2.303 on 96 selection rows, computed in bfloat16" in text
-    assert "gap to the confirmed loss is +0.032; the untuned base changes by +0.023" in text
+    assert "In the search its loss was 2.303 on 96 selection rows, computed in bfloat16" in text
+    assert "the one to quote, is 0.032 higher; from these rows to those the untuned base" in text
 
 
 def test_a_candidate_that_the_search_ended_early_has_no_gap():
@@ -193,8 +209,13 @@ def test_the_shipped_adapter_is_named_by_its_seed_or_as_trained_on_all_rows():
     study = finished_study()
     c = summarize(study).confirmation
     assert decision_of(c).median_seed == 0
-    assert "trial 3, seed 0: of its 2 seeds the median by loss (the upper" in (
-        verdict.adapter_sentence(c)
+    assert verdict.adapter_sentence(c) == (
+        "The adapter is that of trial 3, seed 0: of its 2 seeds the one of higher loss, not the "
+        "luckiest."
+    )
+    four = confirmed({"trial 7": (2.30, 2.33, 2.31, 2.32), "trial 5": (2.57, 2.58, 2.57, 2.58)})
+    assert "seed 3: of its 4 seeds the upper of the two in the middle" in (
+        verdict.adapter_sentence(four)
     )
     three = confirmed({"trial 7": (2.30, 2.33, 2.31), "trial 5": (2.57, 2.58, 2.57)})
     assert verdict.adapter_sentence(three) == (
@@ -232,3 +253,13 @@ def test_a_run_that_is_still_going_counts_neither_as_done_nor_as_failed():
     c = summarize(replace(study, confirmation=begun)).confirmation
     assert (c.num_runs, c.num_runs_planned) == (3, 6)
     assert all(candidate.reasons == () for candidate in c.candidates)
+
+
+def test_a_front_of_one_candidate_is_called_no_trade_off():
+    c = confirmed({"trial 3": (2.3, 2.31), "trial 7": (2.57, 2.58)}, default=None)
+    front = replace(decision_of(c).front, members=("trial 3",), best="trial 3", knee="trial 3")
+    decision = replace(decision_of(c), front=front)
+    assert verdict.front_sentence(c, decision) == (
+        "No trade-off to make: trial 3 is the best in loss, memory and time alike (the Pareto front is "
+        "it alone)."
+    )

@@ -182,7 +182,7 @@ def test_the_cheaper_of_two_equals_wins_and_is_better_than_the_default() -> None
     assert decision.chosen == "trial 7"
     assert set(decision.tied) == {"trial 3", "trial 7"}
     assert decision.verdict is Verdict.BETTER
-    assert stage.chosen_folder == run_folder(PLAN, "trial 7", decision.median_seed)
+    assert stage.chosen_folder == run_folder(PLAN.folder, "trial 7", decision.median_seed)
     assert stage.confirmation.base_evaluation == losses(4.0, 0)
     assert stage.confirmation.base_selection_loss == losses(4.1, 0).mean_loss
 
@@ -310,7 +310,7 @@ def test_metrics_are_measured_once_on_the_median_run_of_each_candidate_and_on_th
     medians = {score.candidate: score.median_seed for score in decision.scores}
     assert {job.start_folder for job in jobs} == {
         None,
-        *(run_folder(plan, name, seed) for name, seed in medians.items()),
+        *(run_folder(plan.folder, name, seed) for name, seed in medians.items()),
     }
     found = stage.confirmation
     assert found.base_metrics[0].mean == 0.5

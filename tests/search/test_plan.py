@@ -11,6 +11,7 @@ from lora_tune.errors import StudyFileError
 from lora_tune.records import LanePlan, ProbeReading, StudyPlan
 from lora_tune.search.evaluation import RungCosts
 from lora_tune.search.forecast import (
+    PlannedStudy,
     StudySpeed,
     forecast_study,
     measured_speed,
@@ -116,7 +117,14 @@ def test_held_out_rows_that_were_asked_for_may_leave_few_and_a_note_says_so() ->
     spec = study(data={"train": "rows.jsonl", "selection_rows": 300, "confirmation_rows": 300})
     sizes = SplitSizes(train=400, selection=300, confirmation=300)
     [note] = plan_study(spec, sizes, num_anchors=6).notes[:1]
-    assert note.startswith("40% of the rows are left for training")
+    assert note.startswith("40% of the rows are left for training: data.selection_rows")
+
+
+def test_a_note_says_when_the_smallest_splits_leave_few_rows() -> None:
+    assert (
+        plan_of(30).notes[0].startswith("47% of the rows are left for training: the two held-out")
+    )
+    assert not any("left for training" in note for note in plan_of(80).notes)
 
 
 # Rungs.
@@ -250,6 +258,25 @@ def test_the_trials_are_the_most_that_the_budget_pays_for() -> None:
     assert any("the budget is less than the plan needs" in note for note in more.plan.notes)
 
 
+def test_before_the_speed_is_known_a_note_says_that_the_budget_will_decide() -> None:
+    def said(rows: int, speed: StudySpeed | None, **search: object) -> bool:
+        planned = plan_and_forecast(
+            study(search=search),
+            splits(rows),
+            num_anchors=6,
+            gradient_checkpointing=False,
+            speed=speed,
+        )
+        return any(note.startswith("search.trials is auto: 8 to 64") for note in planned.notes)
+
+    assert said(2000, None, max_hours=1.0)
+    assert said(2000, None, max_gpu_hours=1.0)
+    assert not said(2000, SPEED, max_hours=1.0)
+    assert not said(2000, None, max_hours=1.0, trials=12)
+    assert not said(2000, None)
+    assert not said(300, None, max_hours=1.0)  # only the anchors
+
+
 def test_gpu_hours_are_shared_by_the_gpus() -> None:
     spec = study(search={"max_gpu_hours": 8.0, "max_hours": 3.0})
     assert budget_hours(spec) == 3.0
@@ -280,6 +307,26 @@ def test_a_forecast_is_the_sum_of_its_passes() -> None:
     assert forecast.total_s == pytest.approx(
         forecast.search_s + forecast.evaluation_s + forecast.confirmation_s + 7
     )
+
+
+def test_a_training_on_all_rows_is_part_of_the_forecast() -> None:
+    def planned(**select: object) -> PlannedStudy:
+        return plan_and_forecast(
+            study(select=select, search={"trials": 24}),
+            splits(2000),
+            num_anchors=6,
+            gradient_checkpointing=False,
+            speed=SPEED,
+        )
+
+    without, with_refit = planned(), planned(refit="all-rows")
+    assert without.forecast is not None
+    assert with_refit.forecast is not None
+    # 100 steps see the 1,600 training rows once; 2,000 rows take 125 steps, of 0.8 s
+    more_s = with_refit.forecast.confirmation_s - without.forecast.confirmation_s
+    assert more_s == pytest.approx(125 * 0.8)
+    assert with_refit.notes[-1].startswith("select.refit: one more run of up to 125 steps")
+    assert not any("select.refit" in note for note in without.notes)
 
 
 def test_a_pack_that_is_not_full_is_as_fast_as_its_lanes() -> None:

@@ -100,6 +100,13 @@ def test_a_study_with_one_rank_still_tells():
     assert found.step > 0.95
 
 
+def test_a_study_with_two_ratios_still_tells():
+    assert ratio_redundancy(study(by_both, ratios=(1, 2))).p_value < 0.001
+    trials = [study(by_step, seed=seed, ratios=(1, 2)) for seed in range(300)]
+    p_values = [ratio_redundancy(found).p_value for found in trials]
+    assert np.mean([p < 0.1 for p in p_values]) == pytest.approx(0.1, abs=3 * 0.3 / 300**0.5)
+
+
 @pytest.mark.parametrize(
     "trials",
     [

@@ -184,14 +184,21 @@ def test_without_a_default_there_is_no_verdict(default):
         ({"memory": 10, "step_s": 9.0, "rank": 64}, {"memory": 10.5}),
         ({"step_s": 1.0, "rank": 64}, {"step_s": 1.06}),
         ({"rank": 8, "dropout": 0.1}, {"rank": 16}),
-        ({"dropout": 0.0}, {"dropout": 0.05}),
     ],
 )
-def test_of_tied_ones_the_cheapest_in_memory_time_rank_dropout_is_chosen(cheap, dear):
+def test_of_tied_ones_the_cheapest_in_memory_time_rank_is_chosen(cheap, dear):
     found = decided(exact("a", 2.0, 2.0, **dear), exact("b", 2.004, 2.004, **cheap), default=None)
     assert found.best == "a"
     assert found.tied == ("a", "b")
     assert found.chosen == "b"
+
+
+def test_dropout_is_no_cost_and_decides_between_equal_losses_alone():
+    dear, free = {"dropout": 0.05}, {"dropout": 0.0}
+    worse = decided(exact("a", 2.0, 2.0, **dear), exact("b", 2.004, 2.004, **free), default=None)
+    assert worse.chosen == "a"
+    equal = decided(exact("a", 2.0, 2.0, **dear), exact("b", 2.0, 2.0, **free), default=None)
+    assert equal.chosen == "b"
 
 
 def test_equal_costs_leave_the_choice_to_the_loss():
