@@ -72,8 +72,8 @@ def choose_reading(readings: Sequence[ProbeReading]) -> ProbeReading:
     """Return the reading whose plan the study keeps.
 
     Each reading, in the order of time, takes the place of the one kept so far if it has a tenth more
-    tokens/s; another compute type, which costs no memory, only has to be faster. If memory ran
-    out in all of them it is the first, which needs least.
+    tokens/s, be it of more rows or lanes or of another compute type: two passes of few rows on a shared
+    machine tell no less apart. If memory ran out in all of them it is the first, which needs least.
 
     >>> def reading(lanes, tokens_per_s):
     ...     return ProbeReading(
@@ -88,8 +88,7 @@ def choose_reading(readings: Sequence[ProbeReading]) -> ProbeReading:
     """
     kept = readings[0]
     for reading in readings[1:]:
-        same_rows = (reading.lanes, reading.micro_batch_size) == (kept.lanes, kept.micro_batch_size)
-        needed = kept.tokens_per_s * (1.0 if same_rows else 1.0 + WORTHWHILE_GAIN)
+        needed = kept.tokens_per_s * (1.0 + WORTHWHILE_GAIN)
         if not reading.out_of_memory and reading.tokens_per_s > needed:
             kept = reading
     return kept

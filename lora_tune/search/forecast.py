@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from lora_tune.errors import StudyFileError
 from lora_tune.records import Forecast, LanePlan, ProbeReading, StudyPlan
 from lora_tune.search.evaluation import RungCosts
@@ -43,16 +45,15 @@ class StudySpeed:
     load_s: float = 0.0  # until the first trial
 
     def tokens_per_s(self, lanes: int) -> float:
-        """Return the speed of a pack of so many lanes: the reading of most lanes that it has.
+        """Return the speed of a pack of so many lanes: on the line between the readings around it.
 
         >>> speed = StudySpeed(
         ...     readings=((1, 100.0), (4, 300.0)), lanes=4, row_tokens=50, measured=True
         ... )
-        >>> [speed.tokens_per_s(lanes) for lanes in (1, 3, 4, 8)]
-        [100.0, 100.0, 300.0, 300.0]
+        >>> [round(speed.tokens_per_s(lanes)) for lanes in (1, 3, 4, 8)]
+        [100, 233, 300, 300]
         """
-        known = [reading for reading in self.readings if reading[0] <= lanes]
-        return max(known)[1] if known else min(self.readings)[1]
+        return float(np.interp(lanes, *zip(*self.readings, strict=True)))
 
     def training_s(self, runs: int, tokens: float) -> float:
         """Return the seconds of ``runs`` equal runs of so many tokens each."""
@@ -80,8 +81,8 @@ def forecast_study(
     """
     entered = entered_trials(plan.num_trials, len(plan.rungs))
     step_tokens = costs.effective_batch_size * speed.row_tokens
-    # one pass through the base, of one lane at a time: lanes end at different steps
-    row_s = speed.row_tokens / (speed.tokens_per_s(1) * costs.passes)
+    # one pass through the base; lanes that began together end together and are evaluated as a pack
+    row_s = speed.row_tokens / (speed.tokens_per_s(speed.lanes) * costs.passes)
     search_s = sum(
         speed.training_s(trials, costs.steps(rung) * step_tokens)
         for rung, trials in enumerate(entered)

@@ -91,10 +91,10 @@ def test_when_nothing_fits_the_plan_is_the_first_which_needs_least() -> None:
     assert choose_reading([first, reading(1, 4, 0, lost=True, dtype="bfloat16")]) is first
 
 
-def test_a_compute_type_only_has_to_be_faster() -> None:
-    readings = [reading(1, 4, 100), reading(1, 4, 101, dtype="bfloat16")]
+def test_another_compute_type_has_to_be_a_tenth_faster() -> None:
+    readings = [reading(1, 4, 100), reading(1, 4, 111, dtype="bfloat16")]
     assert choose_reading(readings).compute_dtype == "bfloat16"
-    readings = [reading(1, 4, 100), reading(1, 4, 99, dtype="bfloat16")]
+    readings = [reading(1, 4, 100), reading(1, 4, 109, dtype="bfloat16")]
     assert choose_reading(readings).compute_dtype == "float32"
 
 

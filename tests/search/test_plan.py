@@ -300,9 +300,9 @@ def test_a_forecast_is_the_sum_of_its_passes() -> None:
     # 4 trials of 25 steps in two packs, then 2 of 80 in one: all full
     assert forecast.search_s == pytest.approx((4 * 25 + 2 * 80) * step / 800)
     # a row evaluated is one of the two passes of a row trained
-    assert forecast.evaluation_s == pytest.approx((4 * 40 + 2 * 80) * 50.0 / (500 * 2))
+    assert forecast.evaluation_s == pytest.approx((4 * 40 + 2 * 80) * 50.0 / (800 * 2))
     # 2 finalists and the default, 2 seeds: 6 runs; evaluated with the untuned base on 200 rows
-    assert forecast.confirmation_s == pytest.approx(6 * 100 * step / 800 + 7 * 200 * 50 / 1000)
+    assert forecast.confirmation_s == pytest.approx(6 * 100 * step / 800 + 7 * 200 * 50 / 1600)
     assert (forecast.tokens_per_s, forecast.load_s) == (800.0, 7.0)
     assert forecast.total_s == pytest.approx(
         forecast.search_s + forecast.evaluation_s + forecast.confirmation_s + 7
