@@ -432,7 +432,7 @@ def test_smollm2_learns_in_a_small_study_on_real_text(tmp_path):
     for old, new in {
         "data/pydoc.jsonl": "pydoc.jsonl",
         "selection_rows = 64": "selection_rows = 16",
-        "confirmation_rows = 96": "confirmation_rows = 16",
+        "confirmation_rows = 64": "confirmation_rows = 16",
         "max_steps = 24": "max_steps = 6",
         "trials = 10": "trials = 2",
         "min_rung_steps = 6": "min_rung_steps = 2",
