@@ -53,7 +53,8 @@ class StudySpeed:
         >>> [round(speed.tokens_per_s(lanes)) for lanes in (1, 3, 4, 8)]
         [100, 233, 300, 300]
         """
-        return float(np.interp(lanes, *zip(*self.readings, strict=True)))
+        known, speeds = zip(*self.readings, strict=True)
+        return float(np.interp(lanes, known, speeds))
 
     def training_s(self, runs: int, tokens: float) -> float:
         """Return the seconds of ``runs`` equal runs of so many tokens each."""
