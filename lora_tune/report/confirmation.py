@@ -23,6 +23,7 @@ from lora_tune.records import (
     TrialRecord,
     TrialState,
 )
+from lora_tune.report.resolved import spec_value
 from lora_tune.stats.ratio import Interval, RatioEstimate, ratio_estimate
 
 UNTUNED = "untuned base"
@@ -120,6 +121,7 @@ class ConfirmationSummary:
     default: str | None
     seeds: int
     refit: bool
+    refit_wanted: bool  # by the study file, whatever became of it
     num_runs: int  # that ended
     num_runs_planned: int
     num_rows: int | None
@@ -167,6 +169,7 @@ def summarize_confirmation(snapshot: StudySnapshot) -> ConfirmationSummary | Non
         default=confirmation.default,
         seeds=confirmation.seeds,
         refit=confirmation.refit,
+        refit_wanted=spec_value(snapshot.lock.spec, "select", "refit") == "all-rows",
         num_runs=sum(run.state is not TrialState.RUNNING for run in confirmation.runs),
         num_runs_planned=confirmation.seeds * len(confirmation.candidates),
         num_rows=len(rows.label_counts) if rows else None,

@@ -344,8 +344,11 @@ def adapter_sentence(c: ConfirmationSummary) -> str:
             "confirmation included: that adapter itself was not scored, the losses here are of "
             "trainings without these rows."
         )
+    ending = ""
+    if c.refit_wanted:
+        ending = " The training on all rows that select.refit asks for has not come to its end."
     if decision.seeds == 1:
-        return f"The adapter is that of the one fresh training of {who}."
+        return f"The adapter is that of the one fresh training of {who}.{ending}"
     which = "the median by loss"
     if decision.seeds == 2:
         which = "the one of higher loss"
@@ -353,7 +356,7 @@ def adapter_sentence(c: ConfirmationSummary) -> str:
         which = "the upper of the two in the middle by loss"
     return (
         f"The adapter is that of {who}, seed {decision.median_seed}: of its {decision.seeds} seeds "
-        f"{which}, not the luckiest."
+        f"{which}, not the luckiest.{ending}"
     )
 
 

@@ -223,6 +223,10 @@ def test_the_shipped_adapter_is_named_by_its_seed_or_as_trained_on_all_rows():
     )
     refit = replace(c, refit=True)
     assert "was not scored" in verdict.adapter_sentence(refit)
+    lost = verdict.adapter_sentence(replace(c, refit_wanted=True))
+    assert lost.endswith(
+        "not the luckiest. The training on all rows that select.refit asks for has not come to its end."
+    )
 
 
 def test_grouped_rows_are_counted_as_groups():
