@@ -10,7 +10,7 @@ from lora_tune.engine.pack import TrialPack
 from lora_tune.executors.in_process import InProcessExecutor
 from lora_tune.executors.scorer import MetricScorer
 from lora_tune.metrics import Metric
-from lora_tune.planning import Inputs, confirmation_dtype, pack_settings
+from lora_tune.planning import Inputs, pack_settings
 from lora_tune.records import (
     Candidate,
     StudyLock,
@@ -25,9 +25,9 @@ from lora_tune.search.confirmation import (
     ConfirmationStage,
     candidate_of,
 )
-from lora_tune.search.gate import Gate, PackPlan
+from lora_tune.search.gate import Gate, pack_plan_of
 from lora_tune.search.ladder import Ladder, LadderPlan, num_counted
-from lora_tune.search.plan import budget_hours, planned_steps
+from lora_tune.search.plan import budget_hours, confirmation_dtype, planned_steps
 from lora_tune.search.proposals import Proposer
 from lora_tune.search.space import SearchSpace
 from lora_tune.store.database import open_optuna_study
@@ -56,15 +56,6 @@ def make_executor(
         base_model=inputs.files.hub_id or str(inputs.folder),
         meter=meter,
         scorer=scorer,
-    )
-
-
-def pack_plan_of(lock: StudyLock) -> PackPlan:
-    """Return how the packs of a study train, as the gate knows it."""
-    return PackPlan(
-        micro_batch_size=lock.plan.micro_batch_size,
-        gradient_checkpointing=lock.plan.gradient_checkpointing,
-        most_lanes=lock.plan.lanes,
     )
 
 
@@ -112,8 +103,8 @@ def make_ladder(
             rungs=lock.rungs,
             warmup_steps=lock.warmup_steps,
             cooldown_ratio=spec.train.cooldown_ratio,
-            window=plan.lanes
-            + max(1, plan.lanes // 2),  # a lane that ends early leaves no slot idle
+            # half as many again as lanes: one that ends early leaves no slot idle
+            window=plan.lanes + max(1, plan.lanes // 2),
             budget_bytes=plan.budget_bytes,
             eval_rows=lock.eval_rows,
             practical_margin=spec.select.practical_margin,

@@ -53,7 +53,7 @@ from lora_tune.report.probe import probe_sentence
 from lora_tune.search.anchors import plan_anchors
 from lora_tune.search.forecast import PlannedStudy, measured_speed, plan_and_forecast
 from lora_tune.search.gate import Gate, check_base_config, resolve_sets
-from lora_tune.search.plan import SplitSizes, budget_hours, most_trials
+from lora_tune.search.plan import SplitSizes, budget_hours, confirmation_dtype, most_trials
 from lora_tune.search.space import SearchSpace
 from lora_tune.study.spec import StudySpec
 from lora_tune.trace.estimate import trace_memory
@@ -222,9 +222,7 @@ def make_lock(
         clock: Returns seconds.
     """
     spec, data = inputs.spec, inputs.data
-    sizes = SplitSizes(
-        train=len(data.train), selection=len(data.selection), confirmation=len(data.confirmation)
-    )
+    sizes = SplitSizes.of(data)
     num_anchors = count_anchors(spec, draft.target_sets, num_train=sizes.train)
     drafted = plan_and_forecast(
         spec,
@@ -290,13 +288,6 @@ def count_anchors(spec: StudySpec, target_sets: Sequence[TargetSet], *, num_trai
         num_train=num_train,
     )
     return len(plan.anchors)
-
-
-def confirmation_dtype(spec: StudySpec, device: str) -> str:
-    """Return the type in which the confirmation is evaluated: ``float32``, or ``train`` as lanes train."""
-    if spec.select.compute_dtype != "auto":
-        return spec.select.compute_dtype
-    return "float32" if device == "cpu" else "train"
 
 
 def _forecast(

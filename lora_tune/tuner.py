@@ -14,7 +14,6 @@ from lora_tune.assembly import (
     make_executor,
     make_ladder,
     make_stage,
-    pack_plan_of,
     proposing_seconds,
 )
 from lora_tune.data import row_clusters
@@ -51,6 +50,7 @@ from lora_tune.records import (
 from lora_tune.report import model_card, write_reports
 from lora_tune.search.calibrator import Calibrator
 from lora_tune.search.confirmation import ConfirmationStage, chosen_folder
+from lora_tune.search.gate import pack_plan_of
 from lora_tune.search.ladder import Ladder, num_counted
 from lora_tune.search.plan import SplitSizes, refit_steps
 from lora_tune.stats.evaluation_power import evaluation_power
@@ -208,7 +208,6 @@ def _search_and_confirm(study: _Study) -> None:
     _note_power(study, ladder)
     progress.stage = stage = make_stage(inputs, lock, store, gate, ladder, note=view.note)
     train(stage, executor, told=told)
-    store.save_runtime(study.elapsed())
     if inputs.spec.select.refit == "all-rows" and not stage.confirmation.refit:
         _refit(study, stage)
     _publish_adapter(study, stage)
@@ -290,17 +289,16 @@ def _note_power(study: _Study, ladder: Ladder) -> None:
         f"the {power.num_rows} selection rows of rung 0 tell trials apart that differ by "
         f"{power.smallest_visible:.3f} nats per token ({power.smallest_visible / loss:.1%}) or more"
     )
-    needed = f"; for the practical margin of {margin:.1%} it would take {power.rows_needed:,}."
-    study.view.note(text + (needed if margin > 0 else "."))
+    if power.rows_needed is not None:
+        text += f"; for the practical margin of {margin:.1%} it would take {power.rows_needed:,}"
+    study.view.note(f"{text}.")
 
 
 def _refit(study: _Study, stage: ConfirmationStage) -> None:
     """Train the chosen configuration once more, on the rows of all three splits."""
     inputs, data = study.inputs, study.inputs.data
     rows = (*data.train, *data.selection, *data.confirmation)
-    sizes = SplitSizes(
-        train=len(data.train), selection=len(data.selection), confirmation=len(data.confirmation)
-    )
+    sizes = SplitSizes.of(data)
     steps = refit_steps(inputs.spec, stage.chosen.steps, sizes)
     study.view.note(
         f"training {stage.chosen.name} once more on all {len(rows)} rows, {steps} steps."

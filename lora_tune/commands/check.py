@@ -21,6 +21,7 @@ from lora_tune.hub import ModelConfig, find_config
 from lora_tune.memory.request import (
     GROUP_RANK_OF_CPUS,
     GROUP_RANK_OF_GPUS,
+    WORTHWHILE_GAIN,
     LaneShape,
     MemoryRequest,
     resolve_request,
@@ -34,15 +35,20 @@ from lora_tune.report.check import CheckedAnchor, StudyCheck, check_json
 from lora_tune.report.estimate_study import FrontierRow
 from lora_tune.search.anchors import folklore_default, is_folklore, plan_anchors
 from lora_tune.search.forecast import StudySpeed, measured_speed, plan_and_forecast
-from lora_tune.search.gate import Gate, PackPlan, check_base_config, resolve_sets
-from lora_tune.search.plan import SplitSizes, most_trials
+from lora_tune.search.gate import (
+    Gate,
+    PackPlan,
+    check_base_config,
+    pack_plan_of,
+    resolve_sets,
+)
+from lora_tune.search.plan import SplitSizes, confirmation_dtype, most_trials
 from lora_tune.search.space import SearchSpace
 from lora_tune.store.folder import StudyFolder
 from lora_tune.study.loader import load_study
 from lora_tune.study.spec import StudySpec
 
 GUESS_MARGIN = 2  # by which the longest row may be longer than its estimate
-WORTHWHILE_GAIN = 0.10  # in tokens/s, for which the probe takes more lanes
 
 
 def check(study: str, *, gpu: str | None, as_json: bool) -> None:
@@ -102,9 +108,7 @@ def check_study(path: Path, *, gpu: str | None = None) -> StudyCheck:
     gate = _gate(spec, base, place, longest)
     target_sets, gate_notes = gate.target_sets(modules)
     pack_plan = gate.pack_plan(target_sets)
-    sizes = SplitSizes(
-        train=len(data.train), selection=len(data.selection), confirmation=len(data.confirmation)
-    )
+    sizes = SplitSizes.of(data)
     space = SearchSpace(spec.space, target_sets, seed=spec.study.seed)
     anchors = plan_anchors(
         space,
@@ -307,20 +311,14 @@ def _speed(
 
 
 def _measured(spec: StudySpec, lock: StudyLock, row_tokens: float) -> Speed | None:
-    in_float32 = spec.select.compute_dtype == "float32" or lock.plan.device == "cpu"
     speed = measured_speed(
         lock.plan,
         row_tokens=row_tokens,
-        confirmed_in_float32=in_float32 and spec.select.compute_dtype != "train",
+        confirmed_in_float32=confirmation_dtype(spec, lock.plan.device) == "float32",
         load_s=lock.forecast.load_s if lock.forecast else 0.0,
     )
-    plan = PackPlan(
-        micro_batch_size=lock.plan.micro_batch_size,
-        gradient_checkpointing=lock.plan.gradient_checkpointing,
-        most_lanes=lock.plan.lanes,
-    )
     note = "the study has begun: lanes and speed are those that it measured."
-    return None if speed is None else Speed(speed, None, plan, (note,))
+    return None if speed is None else Speed(speed, None, pack_plan_of(lock), (note,))
 
 
 def _modelled(

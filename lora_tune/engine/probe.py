@@ -25,10 +25,9 @@ import torch
 from lora_tune.engine.base import DTYPES, BaseModel
 from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.engine.pack import PackSettings, TrialPack
+from lora_tune.memory.request import WORTHWHILE_GAIN
 from lora_tune.records import LaneJob, ProbeReading, TokenizedRow, TrialConfig
 
-# More rows or lanes, which need more memory, have to raise the throughput by at least this share.
-WORTHWHILE_GAIN = 0.10
 # Seconds that the probe may take, as a share of those of the study.
 MOST_COST = 0.05
 # A pass of fewer tokens mostly reads weights, and says little of a compute type. SmolLM2-135M in NF4 on
@@ -36,11 +35,8 @@ MOST_COST = 0.05
 # 113, 131 in bfloat16 (best of two).
 LEAST_PASS_TOKENS = 128
 PASSES = 3  # of a reading: one to warm up, two measured
-_PRODUCT = (
-    256,
-    1024,
-    1024,
-)  # rows, in and out features of the bare product: of a small layer and pass
+# Rows, in and out features of the bare product: of a small layer and pass.
+_PRODUCT = (256, 1024, 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ ATTENTIONS = ("sdpa", "flash", "eager")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUP_RANK_OF_GPUS, GROUP_RANK_OF_CPUS = 128, 64
 """Up to which sum of ranks lanes of the engine share a product: ``engine.lora.default_group_rank``."""
+WORTHWHILE_GAIN = 0.10
+"""Share by which a plan of more rows or lanes, or another compute type, has to raise the tokens/s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

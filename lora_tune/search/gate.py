@@ -15,7 +15,7 @@ from lora_tune.memory.fit import explain_no_fit, largest_that_fits
 from lora_tune.memory.request import LaneShape, MemoryRequest
 from lora_tune.memory.shape import ModelShape
 from lora_tune.memory.solve import Estimate
-from lora_tune.records import MemoryEstimate, TargetSet, TrialConfig
+from lora_tune.records import MemoryEstimate, StudyLock, TargetSet, TrialConfig
 from lora_tune.study.spec import SpaceSection, StudySpec, TrainSection
 from lora_tune.units import format_bytes
 
@@ -29,6 +29,15 @@ class PackPlan:
     micro_batch_size: int
     gradient_checkpointing: bool
     most_lanes: int
+
+
+def pack_plan_of(lock: StudyLock) -> PackPlan:
+    """Return how the packs of a study train, as the gate knows it."""
+    return PackPlan(
+        micro_batch_size=lock.plan.micro_batch_size,
+        gradient_checkpointing=lock.plan.gradient_checkpointing,
+        most_lanes=lock.plan.lanes,
+    )
 
 
 class Gate:

@@ -40,10 +40,9 @@ from lora_tune.search.proposals import Proposer
 from lora_tune.search.space import SearchSpace, describe, training_key
 
 FALLBACK_PENALTY = 20.0  # nats; only when no finite loss is known: above ln of any vocabulary
-MOST_REPEATS = (
-    8  # proposals in a row that were answered from records, before a step alone is asked for
-)
-# and before the space counts as exhausted: twice as many steps have been tried in vain
+# Proposals in a row that were answered from records, before a step alone is asked for, and before
+# the space counts as exhausted: twice as many steps have been tried in vain.
+MOST_REPEATS = 8
 LAST_REPEAT = 3 * MOST_REPEATS
 LEAST_RUNGS_OF_HALF_STEP = 3
 

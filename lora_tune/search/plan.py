@@ -12,8 +12,9 @@ anchors are tried, each to its end.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
-from lora_tune.records import StudyPlan
+from lora_tune.records import PreparedData, StudyPlan
 from lora_tune.study.spec import StudySpec
 
 PROMOTED_SHARE = 4  # one of so many goes on to the next rung
@@ -40,6 +41,15 @@ class SplitSizes:
     train: int
     selection: int
     confirmation: int
+
+    @classmethod
+    def of(cls, data: PreparedData) -> Self:
+        """Return the sizes of prepared splits."""
+        return cls(
+            train=len(data.train),
+            selection=len(data.selection),
+            confirmation=len(data.confirmation),
+        )
 
 
 def full_run_steps(spec: StudySpec, num_train: int) -> int:
@@ -192,6 +202,13 @@ def hold_step_of(end: int, cooldown_ratio: float) -> int:
     80
     """
     return max(1, end - round(cooldown_ratio * end))
+
+
+def confirmation_dtype(spec: StudySpec, device: str) -> str:
+    """Return the type in which the confirmation is evaluated: ``float32``, or ``train`` as lanes train."""
+    if spec.select.compute_dtype != "auto":
+        return spec.select.compute_dtype
+    return "float32" if device == "cpu" else "train"
 
 
 def plan_study(

@@ -20,10 +20,9 @@ from typing import NamedTuple
 from lora_tune.records import EvalResult, SuggestedParams, TrialRecord, TrialState
 from lora_tune.search.plan import seats
 from lora_tune.stats.paired import paired_difference
-from lora_tune.units import GIB
+from lora_tune.stats.selection import MEMORY_STEP_BYTES
 
 TIE_LEVEL = 0.90  # of the intervals by which a trial is tied with the last seat
-MEMORY_STEP = GIB // 2  # memory differences below this do not make a configuration cheaper
 HALF_STEP = "half step"  # origin of the trial that repeats rung 0's leader with half its step
 HALF_STEP_FACTOR = 1.25  # a step is near another one within this factor
 
@@ -185,7 +184,7 @@ def _cheapest_within(ranked: Sequence[ScoredTrial], practical_margin: float) -> 
     return min(
         (trial for trial in ranked if trial.loss <= most),
         key=lambda trial: (
-            trial.record.predicted_bytes // MEMORY_STEP,
+            trial.record.predicted_bytes // MEMORY_STEP_BYTES,
             trial.record.config.rank,
             trial.loss,
             trial.record.number,

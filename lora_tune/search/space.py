@@ -104,10 +104,6 @@ class SearchSpace:
             data_seed=self.seed,
         )
 
-    def is_over_budget(self, params: SuggestedParams) -> bool:
-        """Say whether the proposal would not fit as it is, so that its rank is lowered."""
-        return params.rank > self.target_set(params.target_set).max_rank
-
     def target_set(self, name: str) -> TargetSet:
         """Return the target set of this name."""
         return next(target for target in self.target_sets if target.name == name)

@@ -20,7 +20,7 @@ class EvaluationPower:
     sigma_d: float  # of the per-row difference of two trials, in the middle of those compared
     smallest_visible: float  # with 80 % power at 5 %
     wanted: float
-    rows_needed: int  # to see ``wanted``
+    rows_needed: int | None  # to see ``wanted``; None when that is 0
 
 
 def evaluation_power(
@@ -46,8 +46,6 @@ def evaluation_power(
         return None
     rows = pairs[0].num_rows
     sigma_d = median(errors) * sqrt(rows)
-    needed = rows_needed(wanted, sigma_d=sigma_d) if wanted > 0 else None
-    assert needed is not None or wanted <= 0
     return EvaluationPower(
         num_rows=rows,
         sigma_d=sigma_d,
@@ -55,5 +53,5 @@ def evaluation_power(
             sigma_d=sigma_d, num_rows=rows, row_degrees=max(1, pairs[0].num_clusters - 1)
         ),
         wanted=wanted,
-        rows_needed=needed if needed is not None else 0,
+        rows_needed=rows_needed(wanted, sigma_d=sigma_d),
     )
