@@ -5,6 +5,7 @@ name, gets a manifest with the SHA-256 of every file last, and is renamed. Nothi
 reader can see is ever half-written, whatever kills the writer.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,18 +15,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_tune.redaction import mask_tokens
+
 MANIFEST = "manifest.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether there was no room: the disk is full, or a quota is used up."""
+    return error.errno in _NO_ROOM
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically; an existing file is replaced.
 
-    Lone surrogates, which a file name that is not UTF-8 becomes in Python, are written as escapes.
+    Tokens of a known form and secret values of the environment are written as ``***``, whoever let them
+    through. Lone surrogates, which a file name that is not UTF-8 becomes in Python, are written as escapes.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(text.encode("utf-8", "backslashreplace"))
+            stream.write(mask_tokens(text).encode("utf-8", "backslashreplace"))
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_tune.errors import StudyFileError, nearest
+from lora_tune.redaction import MASK, keys_with_secrets, redact
 from lora_tune.study.spec import AnchorSection, StudySpec
 
 _TYPES = {str: "text", bool: "true/false", int: "a whole number", float: "a number"}
@@ -66,10 +67,29 @@ def validate_study(values: dict[str, Any], *, source: Path) -> StudySpec:
     if isinstance(study, dict) and study.get("name", "") == "":
         values = {**values, "study": {**study, "name": source.stem}}
     try:
-        return StudySpec.model_validate(values)
+        spec = StudySpec.model_validate(values)
     except ValidationError as error:
         lines = dict.fromkeys(_explain(detail) for detail in _without_union_noise(error.errors()))
         raise StudyFileError("\n".join(f"{source}: {line}" for line in lines)) from None
+    if redact(spec.study.name) != spec.study.name:
+        raise StudyFileError(
+            f"{source}: study.name holds what looks like a credential, and it would be the name of the "
+            "study's folder. Choose another name."
+        )
+    return spec
+
+
+def notes_on_credentials(spec: StudySpec, study_file: Path) -> tuple[str, ...]:
+    """Return what to tell of credentials in a study file, as sentences; nothing when it has none."""
+    keys = keys_with_secrets(spec.model_dump(mode="json"))
+    text = study_file.read_text(encoding="utf-8")
+    if not keys and redact(text) == text:
+        return ()
+    where = ", ".join(keys) or "a comment"
+    return (
+        f"{study_file}: {where} holds what looks like a credential. The study folder, its reports and this "
+        f"log have {MASK} in its place; better keep it in the environment, such as HF_TOKEN.",
+    )
 
 
 def _without_union_noise(details: list[ErrorDetails]) -> list[ErrorDetails]:
