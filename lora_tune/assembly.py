@@ -18,6 +18,7 @@ from lora_tune.records import (
     TrialConfig,
     TrialState,
 )
+from lora_tune.redaction import redact
 from lora_tune.search.anchors import folklore_default, is_folklore, plan_anchors
 from lora_tune.search.confirmation import (
     DEFAULT_NAME,
@@ -42,8 +43,10 @@ def make_executor(
     meter: MemoryMeter,
     train_rows: Sequence[TokenizedRow],
     metrics: Mapping[str, Metric],
+    *,
+    clock: Callable[[], float],
 ) -> InProcessExecutor:
-    """Return an executor of the study's plan that trains on ``train_rows``."""
+    """Return an executor of the study's plan that trains on ``train_rows``, timed by the study's clock."""
     scorer = None
     if metrics:
         scorer = MetricScorer(
@@ -53,9 +56,10 @@ def make_executor(
         TrialPack(base, train_rows, pack_settings(inputs.spec, lock.plan)),
         {"selection": inputs.data.selection, "confirmation": inputs.data.confirmation},
         lanes=lock.plan.lanes,
-        base_model=inputs.files.hub_id or str(inputs.folder),
+        base_model=inputs.files.hub_id or redact(str(inputs.folder)),
         meter=meter,
         scorer=scorer,
+        clock=clock,
     )
 
 

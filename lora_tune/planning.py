@@ -23,6 +23,7 @@ import transformers
 
 from lora_tune.data import prepare_data
 from lora_tune.engine.base import DTYPES, BaseModel, load_base_model, read_meta_model
+from lora_tune.engine.base_size import base_bytes
 from lora_tune.engine.convert import converted_folder
 from lora_tune.engine.lora import default_group_rank
 from lora_tune.engine.pack import PackSettings
@@ -48,6 +49,7 @@ from lora_tune.records import (
     TargetSet,
     TrialConfig,
 )
+from lora_tune.redaction import redact
 from lora_tune.report.check import forecast_sentence
 from lora_tune.report.probe import probe_sentence
 from lora_tune.search.anchors import plan_anchors
@@ -454,8 +456,8 @@ def pack_settings(spec: StudySpec, plan: LanePlan) -> PackSettings:
 
 
 def spec_hash(spec: StudySpec) -> str:
-    """Return the SHA-256 of the resolved study file."""
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    """Return the SHA-256 of the resolved study file, as the lock has it: without credentials."""
+    return hashlib.sha256(redact(spec.model_dump_json()).encode()).hexdigest()
 
 
 def _choose_device(wanted: str) -> str:
@@ -521,6 +523,7 @@ def _identity(inputs: Inputs, base: BaseModel) -> ModelIdentity:
         num_parameters=inputs.shape.num_parameters,
         license=inputs.files.license,
         quantization=inputs.spec.model.quantization,
+        base_bytes=base_bytes(base.model),
     )
 
 

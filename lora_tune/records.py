@@ -189,6 +189,15 @@ class MetricResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaneSpan:
+    """When a segment was trained and in which slot of the pack, for the timeline of the lanes."""
+
+    slot: int  # 0 is the first; no two segments share one at the same time
+    began_s: float  # seconds since the study began, the time between its runs left out
+    ended_s: float  # its evaluation included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaneOutcome:
     """How a lane job ended. ``state`` COMPLETE means that the segment was finished."""
 
@@ -203,6 +212,7 @@ class LaneOutcome:
     peak_bytes: int = 0  # measured: CUDA peak allocated, or resident memory on a CPU
     pack_lanes: int = 1  # most lanes that shared a step with this one
     metrics: tuple[MetricResult, ...] = ()
+    span: LaneSpan | None = None  # None for what was only evaluated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +228,7 @@ class RungResult:
     num_tokens: int
     peak_bytes: int
     pack_lanes: int
+    span: LaneSpan | None = None  # None in a study of an older version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +245,7 @@ class TrialRecord:
     rungs: tuple[RungResult, ...] = ()
     reason: str = ""
     first_loss: float | None = None  # of a trial that ended early: its first training loss
+    span: LaneSpan | None = None  # of a trial that ended early: the segment in which it did
     penalty: float | None = None  # finite value told to Optuna for a diverged or infeasible trial
     repeats: int | None = (
         None  # of a cached trial: the earlier one with its effective configuration
@@ -288,6 +300,7 @@ class ConfirmationRun:
     num_tokens: int = 0
     peak_bytes: int = 0
     pack_lanes: int = 1
+    span: LaneSpan | None = None
 
 
 class Verdict(StrEnum):
@@ -487,6 +500,7 @@ class ModelIdentity:
     num_parameters: int
     license: str | None
     quantization: str
+    base_bytes: int = 0  # of the loaded base's storages; 0 in a study of an older version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -588,6 +602,55 @@ class MemoryLog:
 
 
 NO_READINGS = MemoryLog(readings=(), limits=())
+UNTUNED = "untuned base"  # who answers and is scored without an adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleAnswer:
+    """What the untuned base or a candidate's adapter wrote to a prompt, by greedy decoding."""
+
+    subject: str  # ``UNTUNED``, or a candidate's name
+    text: str
+    num_tokens: int
+    ended: bool  # by an end token; False: it was cut at the limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A prompt of the confirmation split, its reference in the data, and the answers side by side."""
+
+    row: int  # of the confirmation split
+    prompt: str
+    reference: str
+    answers: tuple[SampleAnswer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneralLoss:
+    """Loss on a general text that is no part of the training data, nats per token."""
+
+    subject: str
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behaviour:
+    """How base, default and chosen candidate write, and what they lost on general text; ``behaviour.json``.
+
+    The adapters are those of each candidate's median seed. Subjects are the untuned base, the default where
+    it was trained, and the chosen candidate; a default that was chosen comes once.
+    """
+
+    chosen: str
+    default: str | None
+    samples: tuple[Sample, ...]
+    max_new_tokens: int
+    general_text: str  # name of the text
+    general_tokens: int  # that carry loss
+    general_losses: tuple[GeneralLoss, ...]
+    chosen_seed: int | None = None  # median seed of the chosen candidate; None: not noted
+    default_seed: int | None = None  # and of the default
+    reason: str = ""  # why samples or losses are missing; empty: nothing is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -600,6 +663,8 @@ class StudySnapshot:
     confirmation: Confirmation | None  # None while the study runs, or when no trial succeeded
     wall_s: float  # of all runs of the study so far
     memory: MemoryLog = NO_READINGS
+    behaviour: Behaviour | None = None  # None before the decision, and in studies of older versions
+    adapter_bytes: int = 0  # of the published adapter's weights file; 0: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ The same command begins a study, goes on with one that was interrupted, and leav
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,11 +21,13 @@ from lora_tune.data import row_clusters
 from lora_tune.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lora_tune.engine.base import BaseModel, quiet_transformers
 from lora_tune.engine.memory_reading import MemoryMeter, open_meter
+from lora_tune.engine.pack import TrialPack
 from lora_tune.errors import DataError, StoreError, StudyFileError
+from lora_tune.executors.behaviour import BehaviourObserver, BehaviourPlan, Subject, subjects_of
 from lora_tune.executors.in_process import InProcessExecutor
 from lora_tune.executors.interface import Executor
 from lora_tune.executors.scorer import check_prompts
-from lora_tune.files import is_complete, publish_folder, published_digests, write_text
+from lora_tune.files import is_complete, publish_folder, published_digests
 from lora_tune.metrics import Metric, resolve_metrics
 from lora_tune.planning import (
     Inputs,
@@ -37,6 +40,7 @@ from lora_tune.planning import (
     spec_hash,
 )
 from lora_tune.records import (
+    Behaviour,
     Confirmation,
     LaneJob,
     LaneOutcome,
@@ -47,32 +51,46 @@ from lora_tune.records import (
     TrialConfig,
     TrialState,
 )
+from lora_tune.redaction import redact, same_when_masked
 from lora_tune.report import model_card, write_reports
+from lora_tune.report.events import View
 from lora_tune.search.calibrator import Calibrator
 from lora_tune.search.confirmation import ConfirmationStage, chosen_folder
 from lora_tune.search.gate import pack_plan_of
 from lora_tune.search.ladder import Ladder, num_counted
 from lora_tune.search.plan import SplitSizes, refit_steps
 from lora_tune.stats.evaluation_power import evaluation_power
-from lora_tune.store.folder import CONFIRMATION_FILE, RUNS_FOLDER, STUDY_FILE, StudyFolder
+from lora_tune.store.folder import (
+    ADAPTER_FOLDER,
+    CONFIRMATION_FILE,
+    RUNS_FOLDER,
+    StudyFolder,
+)
+from lora_tune.study.loader import notes_on_credentials
 from lora_tune.study.spec import StudySpec
+from lora_tune.trackers import Trackers, check_trackers, open_trackers
 from lora_tune.units import format_bytes
 
-ADAPTER_FOLDER = "adapter"
-# Keys that may change between runs of one study: a budget is a total.
-CHANGEABLE = (("search", "trials"), ("search", "max_hours"), ("search", "max_gpu_hours"))
+# Keys that may change between runs of one study: a budget is a total, and no tracker changes a number.
+CHANGEABLE = (
+    ("search", "trials"),
+    ("search", "max_hours"),
+    ("search", "max_gpu_hours"),
+    ("run", "trackers"),
+)
 
 
-class View(Protocol):
-    """What the tuner tells while it works; ``report.ProgressView`` is one."""
+class _RedactedView:
+    """Passes on what the tuner tells, without what looks like a credential."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
 
     def update(self, state: ProgressState) -> None:
-        """Show where the study is."""
-        ...
+        self._view.update(state)
 
     def note(self, text: str) -> None:
-        """Say a sentence."""
-        ...
+        self._view.note(redact(text))
 
 
 def run_study(
@@ -98,71 +116,121 @@ def run_study(
         LoraTuneError: With one message; nothing of the study is lost.
     """
     quiet_transformers()
+    check_trackers(spec.run.trackers)
     began = time.monotonic()
     store = StudyFolder(Path(spec.study.output) / spec.study.name)
-    lock = store.load_lock()
-    if lock is not None:
-        _check_unchanged(spec, lock)
-    metrics = resolve_metrics(
-        spec.select.metrics, allow_code=allow_code, base_dir=study_file.parent
-    )
-    inputs = read_inputs(spec, base_dir=study_file.parent, lock=lock)
-    if metrics:
-        check_prompts(inputs.data.confirmation)
-    for note in inputs.notes:
-        view.note(note)
+    view = _RedactedView(view)
+    inputs, metrics = _read_study(spec, study_file, store, view, allow_code=allow_code)
     with store.owned():
-        lock = store.load_lock()
+        lock = _earlier_lock(inputs, store)
         if lock is not None:
-            _check_same_rows(inputs, lock)
-            lock = _with_budget(inputs, lock)
             if _is_finished(store, lock, inputs.spec):
-                write_reports(store.snapshot())
+                _tell_again(inputs.spec, lock, store, view)
                 return store.snapshot()
-            store.save_lock(lock)
             _reopen(store)
-        meter, draft = meter_of(inputs.device), None
-        if lock is None:
-            draft = draft_plan(inputs, free_bytes=meter.free_bytes)
-            for note in draft.notes:
-                view.note(note)
-        earlier_s = store.load_runtime()
+        meter = meter_of(inputs.device)
+        earlier_s = _seconds_before(store)
 
         def elapsed() -> float:
             return earlier_s + time.monotonic() - began
 
-        base = load_base(inputs, lock)
-        if lock is None:
-            assert draft is not None
-            lock = make_lock(
-                inputs,
-                base,
-                draft,
-                command=command,
-                study_file=study_file,
-                note=view.note,
-                load_s=elapsed(),
-            )
+        if lock is not None:
+            base = load_base(inputs, lock)
+        else:
+            base, lock = _first_start(inputs, meter, view, elapsed, command, study_file)
             store.save_lock(lock)
-            write_text(store.path / STUDY_FILE, study_file.read_text(encoding="utf-8"))
+            store.save_study_file(study_file.read_text(encoding="utf-8"))
         _note_less_memory(meter, lock, view)
-        try:
-            _search_and_confirm(
-                _Study(
-                    inputs=inputs,
-                    lock=lock,
-                    base=base,
-                    store=store,
-                    meter=meter,
-                    metrics=metrics,
-                    elapsed=elapsed,
-                    view=view,
-                )
-            )
-        finally:
-            store.save_runtime(elapsed())
-            write_reports(store.snapshot())
+        study = _Study(
+            inputs=inputs,
+            lock=lock,
+            base=base,
+            store=store,
+            meter=meter,
+            metrics=metrics,
+            elapsed=elapsed,
+            view=view,
+            trackers=_trackers_of(inputs.spec, lock, store, view),
+        )
+        with closing(study.trackers):  # last: it may wait for a network
+            try:
+                _search_and_confirm(study)
+            finally:
+                store.save_runtime(elapsed())
+                write_reports(store.snapshot())
         return store.snapshot()
+
+
+def _read_study(
+    spec: StudySpec, study_file: Path, store: StudyFolder, view: View, *, allow_code: bool
+) -> tuple[Inputs, Mapping[str, Metric]]:
+    """Return what the study file names, refused where it does not fit what the study began with."""
+    lock = store.load_lock()
+    if lock is not None:
+        _check_unchanged(spec, lock)
+    for note in notes_on_credentials(spec, study_file):
+        view.note(note)
+    folder = study_file.parent
+    metrics = resolve_metrics(spec.select.metrics, allow_code=allow_code, base_dir=folder)
+    inputs = read_inputs(spec, base_dir=folder, lock=lock)
+    if metrics:
+        check_prompts(inputs.data.confirmation)
+    for note in inputs.notes:
+        view.note(note)
+    return inputs, metrics
+
+
+def _earlier_lock(inputs: Inputs, store: StudyFolder) -> StudyLock | None:
+    """Return the lock of a study that has begun, with the budget of now on record."""
+    lock = store.load_lock()
+    if lock is None:
+        return None
+    _check_same_rows(inputs, lock)
+    lock = _with_budget(inputs, lock)
+    store.save_lock(lock)
+    return lock
+
+
+def _tell_again(spec: StudySpec, lock: StudyLock, store: StudyFolder, view: View) -> None:
+    """Write the reports of a finished study, and what its trackers do not have: one may be new."""
+    write_reports(store.snapshot())
+    with closing(_trackers_of(spec, lock, store, view)) as trackers:
+        trackers.catch_up(store.load_trials(), store.load_confirmation())
+
+
+def _first_start(
+    inputs: Inputs,
+    meter: MemoryMeter,
+    view: View,
+    elapsed: Callable[[], float],
+    command: str,
+    study_file: Path,
+) -> tuple[BaseModel, StudyLock]:
+    """Return the loaded base and what was resolved and measured with it."""
+    draft = draft_plan(inputs, free_bytes=meter.free_bytes)
+    for note in draft.notes:
+        view.note(note)
+    base = load_base(inputs, None)
+    lock = make_lock(
+        inputs,
+        base,
+        draft,
+        command=command,
+        study_file=study_file,
+        note=view.note,
+        load_s=elapsed(),
+    )
+    return base, lock
+
+
+def _trackers_of(spec: StudySpec, lock: StudyLock, store: StudyFolder, view: View) -> Trackers:
+    return open_trackers(
+        spec.run.trackers,
+        lock,
+        store.path,
+        cooldown_ratio=spec.train.cooldown_ratio,
+        note=view.note,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +245,7 @@ class _Study:
     metrics: Mapping[str, Metric]
     elapsed: Callable[[], float]
     view: View
+    trackers: Trackers
 
 
 def _search_and_confirm(study: _Study) -> None:
@@ -184,7 +253,13 @@ def _search_and_confirm(study: _Study) -> None:
     plan = lock.plan
     study.base.set_gradient_checkpointing(plan.gradient_checkpointing)
     executor = make_executor(
-        inputs, lock, study.base, study.meter, inputs.data.train, study.metrics
+        inputs,
+        lock,
+        study.base,
+        study.meter,
+        inputs.data.train,
+        study.metrics,
+        clock=study.elapsed,
     )
     gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, group_rank=plan.group_rank)
     ladder = make_ladder(inputs, lock, store, gate, study.elapsed, note=view.note)
@@ -204,12 +279,23 @@ def _search_and_confirm(study: _Study) -> None:
         store.save_runtime(study.elapsed())  # a budget counts what a killed run has spent
         progress.show()
 
-    train(ladder, executor, told=told)
+    def track_trial(outcome: LaneOutcome) -> None:
+        study.trackers.trial_ended(ladder.records[outcome.trial], outcome)
+
+    study.trackers.catch_up(ladder.records.values(), store.load_confirmation())
+    train(ladder, executor, told=told, track=track_trial)
     _note_power(study, ladder)
     progress.stage = stage = make_stage(inputs, lock, store, gate, ladder, note=view.note)
-    train(stage, executor, told=told)
+    study.trackers.catch_up(ladder.records.values(), stage.confirmation)
+
+    def track_run(outcome: LaneOutcome) -> None:
+        study.trackers.confirmation_ended(stage.confirmation, outcome)
+
+    train(stage, executor, told=told, track=track_run)
     if inputs.spec.select.refit == "all-rows" and not stage.confirmation.refit:
         _refit(study, stage)
+    if inputs.spec.select.samples:
+        _observe_behaviour(study, stage.confirmation, executor.pack)
     _publish_adapter(study, stage)
 
 
@@ -225,8 +311,14 @@ class _Source(Protocol):
         ...
 
 
-def train(source: _Source, executor: Executor, *, told: Callable[[], None]) -> None:
-    """Train what is asked for until nothing more is."""
+def train(
+    source: _Source,
+    executor: Executor,
+    *,
+    told: Callable[[], None],
+    track: Callable[[LaneOutcome], None],
+) -> None:
+    """Train what is asked for until nothing more is; ``track`` is shown every outcome on record."""
     while True:
         for job in source.next_jobs(executor.free_slots):
             executor.submit(job)
@@ -234,7 +326,20 @@ def train(source: _Source, executor: Executor, *, told: Callable[[], None]) -> N
             return
         for outcome in executor.wait():
             source.take(outcome)
+            track(outcome)
         told()
+
+
+def _seconds_before(store: StudyFolder) -> float:
+    """Return the seconds of earlier runs: at least until the end of the last segment that was recorded.
+
+    A process that was killed between a record and its own time would else have begun anew before it.
+    """
+    confirmation, trials = store.load_confirmation(), store.load_trials()
+    spans = [result.span for trial in trials for result in trial.rungs]
+    spans += [trial.span for trial in trials]
+    spans += [run.span for run in confirmation.runs] if confirmation is not None else []
+    return max([store.load_runtime(), *(span.ended_s for span in spans if span is not None)])
 
 
 def _is_finished(store: StudyFolder, lock: StudyLock, spec: StudySpec) -> bool:
@@ -303,7 +408,9 @@ def _refit(study: _Study, stage: ConfirmationStage) -> None:
     study.view.note(
         f"training {stage.chosen.name} once more on all {len(rows)} rows, {steps} steps."
     )
-    executor = make_executor(inputs, study.lock, study.base, study.meter, rows, study.metrics)
+    executor = make_executor(
+        inputs, study.lock, study.base, study.meter, rows, study.metrics, clock=study.elapsed
+    )
     executor.submit(stage.refit_job(steps=steps))
     [outcome] = executor.wait()
     if outcome.evaluation is None:
@@ -312,6 +419,44 @@ def _refit(study: _Study, stage: ConfirmationStage) -> None:
         )
         return
     stage.mark_refit()
+
+
+def _observe_behaviour(study: _Study, confirmation: Confirmation, pack: TrialPack) -> None:
+    """Store how the chosen adapter writes beside the base and the default's, unless that is known."""
+    inputs, store, decision = study.inputs, study.store, confirmation.decision
+    assert decision is not None
+    subjects = subjects_of(confirmation, store.path / RUNS_FOLDER)
+    default = next((s.name for s in subjects if s.name == confirmation.default), None)
+    if _is_behaviour_of(store.load_behaviour(), subjects, decision.chosen, default):
+        return
+    plan = BehaviourPlan(
+        num_samples=inputs.spec.select.samples,
+        max_length=inputs.spec.data.max_length,
+        seed=inputs.spec.study.seed,
+    )
+    names = ", ".join(subject.name for subject in subjects)
+    study.view.note(f"answers to held-out prompts, and loss on a general text, of {names} ...")
+    began = study.elapsed()
+    found = BehaviourObserver(pack, inputs.tokenizer, plan).observe(
+        subjects, inputs.data.confirmation, chosen=decision.chosen, default=default
+    )
+    store.save_behaviour(found)
+    store.save_runtime(study.elapsed())
+    took = f"that took {study.elapsed() - began:.0f} s"
+    study.view.note(
+        f"{took}; something is missing: {found.reason}." if found.reason else f"{took}."
+    )
+
+
+def _is_behaviour_of(
+    found: Behaviour | None, subjects: tuple[Subject, ...], chosen: str, default: str | None
+) -> bool:
+    """Return whether these answers are of the same adapters: another seed of a candidate is another one."""
+    if found is None:
+        return False
+    seeds: dict[str | None, int | None] = {subject.name: subject.seed for subject in subjects}
+    known = (found.chosen, found.chosen_seed, found.default, found.default_seed)
+    return known == (chosen, seeds[chosen], default, seeds.get(default))
 
 
 def _publish_adapter(study: _Study, stage: ConfirmationStage) -> None:
@@ -343,15 +488,17 @@ def _check_unchanged(spec: StudySpec, lock: StudyLock) -> None:
     """Refuse to go on with other settings than the study began with."""
     before, now = _flat(lock.spec), _flat(spec.model_dump(mode="json"))
     changed = [
-        key for key in now if now[key] != before.get(key, now[key]) and key not in CHANGEABLE
+        key
+        for key in now
+        if not same_when_masked(before.get(key, now[key]), now[key]) and key not in CHANGEABLE
     ]
     if changed:
         lines = [f"  {'.'.join(k)}: was {before.get(k)!r}, is {now[k]!r}" for k in changed]
         raise StudyFileError(
             f"the study file differs from the one that {lock.name} began with:\n"
             + "\n".join(lines)
-            + "\nOnly search.trials, search.max_hours and search.max_gpu_hours may change. Change it back, "
-            "or give the study another name (study.name)."
+            + "\nOnly search.trials, search.max_hours, search.max_gpu_hours and run.trackers may change. "
+            "Change it back, or give the study another name (study.name)."
         )
 
 

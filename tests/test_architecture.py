@@ -21,8 +21,9 @@ PACKAGE = Path(lora_tune.__file__).parent
 FLOORS = {
     "__init__": 0.0,  # the version
     "errors": 0.0,
-    "files": 0.0,
+    "redaction": 0.0,
     "units": 0.0,
+    "files": 0.2,
     "catalog": 0.5,
     "hub": 1.0,
     "records": 2.0,
@@ -37,7 +38,9 @@ FLOORS = {
     "executors": 5.0,
     "report": 5.0,
     "trace": 5.0,
+    "export": 6.0,
     "planning": 6.0,
+    "trackers": 6.0,
     "assembly": 6.5,
     "tuner": 7.0,
     "verification": 7.0,
@@ -64,6 +67,7 @@ WALLS = {
     "hub": TENSORS | {"optuna"},
     "errors": TENSORS | {"optuna"},
     "files": TENSORS | {"optuna"},
+    "redaction": TENSORS | {"optuna"},
     "units": TENSORS | {"optuna"},
 }
 

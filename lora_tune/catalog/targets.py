@@ -172,6 +172,33 @@ def matches_suffix(module: str, suffix: str) -> bool:
     return module == suffix or module.endswith("." + suffix)
 
 
+def short_names(modules: tuple[str, ...], linears: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the shortest names that PEFT's rule (dotted suffixes) matches to just these modules.
+
+    Args:
+        modules: Full names of the modules that are adapted.
+        linears: Full names of all linear layers; empty when they are not known.
+
+    Returns:
+        Last parts such as ``q_proj``, else names inside a layer, else the full names.
+
+    >>> linears = ("l.0.attn.q", "l.0.attn.v", "l.0.mlp.q", "l.1.attn.q", "l.1.attn.v", "l.1.mlp.q")
+    >>> short_names(("l.0.attn.v", "l.1.attn.v"), linears)
+    ('v',)
+    >>> short_names(("l.0.attn.q", "l.1.attn.q"), linears)
+    ('attn.q',)
+    >>> short_names(("l.1.attn.q",), linears)
+    ('l.1.attn.q',)
+    """
+    last_parts = tuple(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    inside = tuple(dict.fromkeys(layer_suffix(module) for module in modules))
+    for names in (last_parts, inside):
+        found = {m for m in linears if any(matches_suffix(m, name) for name in names)}
+        if found == set(modules):
+            return names
+    return modules
+
+
 def _match_set(name: str, model_type: str, linears: Sequence[str]) -> _Match:
     if name == "all-linear":
         modules = tuple(module for module in linears if not in_tower(module))

@@ -122,7 +122,7 @@ class AnswerWriter:
                 failed = True  # leave the handler first: the traceback holds the tensors
             if failed:
                 self.batch_rows = len(batch) // 2
-                _free(self.base.device)
+                free_what_failed(self.base.device)
                 continue
             answers |= zip(batch, found, strict=True)
             waiting = waiting[len(batch) :]
@@ -183,8 +183,8 @@ def _generating(base: BaseModel, adapter: LaneAdapter | None) -> Iterator[None]:
         layout.clear()
 
 
-def _free(device: torch.device) -> None:
-    """Give back what a batch that failed has left."""
+def free_what_failed(device: torch.device) -> None:
+    """Give back the memory that a pass has left which failed; call it outside of the handler."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

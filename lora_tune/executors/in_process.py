@@ -5,6 +5,9 @@ the base. A lane whose loss diverges leaves alone. Out of memory: the lanes allo
 and the lanes that were running are parked on the host and go on from where they were; a lane
 that does not fit alone is infeasible. When lanes have left, what is allocated must be what it was.
 
+A lane has a slot of the pack from joining to its end, also while it is parked: the spans of one slot do not
+overlap.
+
 Memory is read per stretch: the steps over which the pack's lanes do not change. The meter's peaks are
 forgotten when a stretch begins and read when it ends, before anything is evaluated.
 """
@@ -14,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +36,7 @@ from lora_tune.records import (
     LaneJob,
     LaneOutcome,
     LaneReading,
+    LaneSpan,
     MetricResult,
     PackPeak,
     TokenizedRow,
@@ -53,6 +59,7 @@ class InProcessExecutor:
         meter: MemoryMeter,
         on_step: Callable[[], None] = lambda: None,
         scorer: MetricScorer | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Begin with nothing to do.
 
@@ -64,6 +71,7 @@ class InProcessExecutor:
             meter: Reads the device of the pack.
             on_step: Called after every optimizer step.
             scorer: Computes the metrics that jobs ask for; None when no job does.
+            clock: Returns the seconds of the study so far, for the spans of the lanes.
         """
         self.pack = pack
         self.splits = splits
@@ -72,6 +80,7 @@ class InProcessExecutor:
         self.meter = meter
         self.on_step = on_step
         self.scorer = scorer
+        self.clock = clock
         self.train_s = 0.0
         self.evaluation_s = 0.0
         self._ended_tokens = 0
@@ -83,6 +92,7 @@ class InProcessExecutor:
         self._stretch: _Stretch | None = None
         self._pack_peaks: list[PackPeak] = []
         self._peaks: dict[int, int] = {}  # by trial: peak bytes while it was here
+        self._seats: dict[int, _Seat] = {}  # by trial: of lanes that train or are parked
 
     @property
     def free_slots(self) -> int:
@@ -164,15 +174,29 @@ class InProcessExecutor:
         ]
         outcomes += self._evaluate(finished)
         self._lanes = [lane for lane in self._lanes if lane not in diverged + finished]
-        return outcomes
+        return [replace(outcome, span=self._leave(outcome.trial)) for outcome in outcomes]
 
     def _fill(self) -> None:
         while self._parked and len(self._lanes) < self.max_lanes:
             self.pack.unpark(self._parked[0])
             self._lanes.append(self._parked.pop(0))
         while self._waiting and len(self._lanes) < self.max_lanes:
-            self._lanes.append(self.pack.new_lane(self._waiting[0]))
+            lane = self.pack.new_lane(self._waiting[0])
             del self._waiting[0]
+            self._lanes.append(lane)
+            if not lane.finished:  # what is only evaluated has no time of its own
+                self._seats[lane.job.trial] = _Seat(self._free_slot(), self.clock())
+
+    def _free_slot(self) -> int:
+        taken = {seat.slot for seat in self._seats.values()}
+        return next(slot for slot in count() if slot not in taken)
+
+    def _leave(self, trial: int) -> LaneSpan | None:
+        """Give a lane's slot back and return how long it had it; None if it had none."""
+        seat = self._seats.pop(trial, None)
+        if seat is None:
+            return None
+        return LaneSpan(slot=seat.slot, began_s=seat.began_s, ended_s=self.clock())
 
     def _evaluate(self, lanes: Sequence[Lane]) -> list[LaneOutcome]:
         """Evaluate finished lanes, those of the same rows and type together, and publish them."""
@@ -331,6 +355,7 @@ class InProcessExecutor:
                 reason=f"out of memory as the only lane, at step {step}",
                 peak_bytes=self._peaks.pop(jobs[0].trial),
                 metrics=_without_values(jobs[0], "out of memory as the only lane"),
+                span=self._leave(jobs[0].trial),
             )
         ]
 
@@ -353,6 +378,13 @@ class InProcessExecutor:
 def _without_values(job: LaneJob, reason: str) -> tuple[MetricResult, ...]:
     """Return a result of every metric that the job asks for: whoever asks is answered."""
     return tuple(MetricResult(metric=name, reason=reason) for name in job.metrics)
+
+
+class _Seat(NamedTuple):
+    """A lane's slot, and when it joined."""
+
+    slot: int
+    began_s: float
 
 
 @dataclass

@@ -48,7 +48,9 @@ class MetricScorer:
         try:
             answers = self.answers(adapter, rows)
         except Exception as error:
-            reason = _reason(error)
+            reason = f"no answers were written: {reason_of(error)}"
+            if is_out_of_memory(error):
+                reason = "out of memory while writing the answer to a single row"
         if reason:
             return tuple(MetricResult(metric=name, reason=reason) for name in names)
         return tuple(score_answers(name, self.metrics[name], answers) for name in names)
@@ -60,19 +62,23 @@ class MetricScorer:
         written = self.writer.write(adapter, parts, ends=ends)
         return [
             Answer(
-                self._text(part.prompt, special=True),
-                self._text(part.reference, special=False),
-                self._text(answer, special=False),
+                text_of(self.tokenizer, part.prompt, special=True),
+                text_of(self.tokenizer, part.reference),
+                text_of(self.tokenizer, answer),
             )
             for part, answer in zip(parts, written, strict=True)
         ]
 
-    def _text(self, ids: Sequence[int], *, special: bool) -> str:
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-            )
+
+def text_of(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = False
+) -> str:
+    """Return token ids as text, special tokens left out unless asked for."""
+    return str(
+        tokenizer.decode(
+            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
+    )
 
 
 def check_prompts(rows: Sequence[TokenizedRow]) -> None:
@@ -90,8 +96,8 @@ def check_prompts(rows: Sequence[TokenizedRow]) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return in a line why answers could not be written or losses not be computed."""
     if is_out_of_memory(error):
-        return "out of memory while writing the answer to a single row"
-    message = " ".join(str(error).split())[:200]
-    return f"no answers were written: {type(error).__name__}: {message}"
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

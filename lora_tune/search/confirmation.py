@@ -412,4 +412,5 @@ def _run(candidate: str, seed: int, outcome: LaneOutcome) -> ConfirmationRun:
         num_tokens=outcome.num_tokens,
         peak_bytes=outcome.peak_bytes,
         pack_lanes=outcome.pack_lanes,
+        span=outcome.span,
     )

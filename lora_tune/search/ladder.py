@@ -27,6 +27,7 @@ from lora_tune.records import (
     TrialRecord,
     TrialState,
 )
+from lora_tune.redaction import redact
 from lora_tune.search.fail_fast import loss_limits
 from lora_tune.search.plan import hold_step_of, seats, start_steps
 from lora_tune.search.promotion import (
@@ -66,6 +67,29 @@ class LadderPlan:
 def num_counted(records: Iterable[TrialRecord]) -> int:
     """Return how many trials count against ``num_trials``: not the cached ones, not the half step."""
     return sum(r.state is not TrialState.CACHED and r.origin != HALF_STEP for r in records)
+
+
+def facts_of(record: TrialRecord, source: TrialRecord) -> dict[str, str | int | float]:
+    """Return what the database says of a trial beside its proposal, as flat values without secrets.
+
+    ``source`` is the trial that was trained: another one for a trial that repeats it.
+    """
+    config = record.config
+    facts: dict[str, str | int | float] = {
+        "number": record.number,
+        "reason": redact(source.reason),
+        "trained_rank": config.rank,
+        "trained_lora_alpha": config.lora_alpha,
+        "trained_learning_rate": config.learning_rate,
+        "trainable_parameters": record.trainable_parameters,
+        "predicted_bytes": record.predicted_bytes,
+    }
+    if record.repeats is not None:
+        facts["repeats"] = record.repeats
+    if source.rungs:
+        facts["peak_bytes"] = source.rungs[0].peak_bytes
+        facts["adapter"] = f"trials/{source.number:04d}/rung-0"
+    return facts
 
 
 class Ladder:
@@ -138,6 +162,7 @@ class Ladder:
                 num_tokens=outcome.num_tokens,
                 peak_bytes=outcome.peak_bytes,
                 pack_lanes=outcome.pack_lanes,
+                span=outcome.span,
             )
             last = outcome.rung == len(self.plan.rungs) - 1
             state = TrialState.COMPLETE if last else TrialState.RUNNING
@@ -148,6 +173,7 @@ class Ladder:
                 state=outcome.state,
                 reason=outcome.reason,
                 first_loss=next((p.train_loss for p in outcome.points), None),
+                span=outcome.span,
             )
         self._store(record)
         self._tell_rest()
@@ -444,7 +470,13 @@ class Ladder:
                 self._store(replace(record, penalty=value))
             if state is TrialState.INFEASIBLE:
                 excess = max(excess, 1)
-        self.proposer.tell(record.number, state=state, value=value, vram_excess_bytes=excess)
+        self.proposer.tell(
+            record.number,
+            state=state,
+            value=value,
+            vram_excess_bytes=excess,
+            facts=facts_of(record, source),
+        )
         self._num_told = record.number + 1
 
     def _penalty(self, record: TrialRecord) -> float:

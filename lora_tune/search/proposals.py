@@ -7,7 +7,7 @@ the same values. Optuna learns rung-0 values only: mixed fidelities would mislea
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 
@@ -96,7 +96,15 @@ class Proposer:
         trials = self.study.get_trials(deepcopy=False)
         return number < len(trials) and trials[number].state.is_finished()
 
-    def tell(self, number: int, *, state: TrialState, value: float, vram_excess_bytes: int) -> None:
+    def tell(
+        self,
+        number: int,
+        *,
+        state: TrialState,
+        value: float,
+        vram_excess_bytes: int,
+        facts: Mapping[str, str | int | float] | None = None,
+    ) -> None:
         """Tell Optuna a trial's rung-0 outcome.
 
         Args:
@@ -106,13 +114,15 @@ class Proposer:
                 which learns from nothing else); FAILED, told as FAIL.
             value: Finite.
             vram_excess_bytes: Peak minus budget; feasible at or below zero.
+            facts: What a person who looks at the database should find beside it, by name.
         """
         assert math.isfinite(value)
         known = self.study.get_trials(deepcopy=False)[number]  # may be half told: killed in between
         trial = self._open.pop(number, None) or optuna.Trial(self.study, known._trial_id)
         if VRAM_CONSTRAINT not in known.constraints:
             trial.set_constraint(VRAM_CONSTRAINT, float(vram_excess_bytes))
-        trial.set_user_attr("state", str(state))
+        for name, fact in {**(facts or {}), "state": str(state)}.items():
+            trial.set_user_attr(name, fact)
         if state is TrialState.FAILED:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         elif state in (TrialState.DIVERGED, TrialState.INFEASIBLE) and self.sampler != "gp":

@@ -1,7 +1,7 @@
 """The study folder on disk: one owner, one writer, every record atomic.
 
 reports/<study>/
-  study.toml         as the user wrote it
+  study.toml         as the user wrote it, with *** for what looks like a credential
   study.lock.json    what the first start resolved and measured
   study.db           an ordinary Optuna study (SQLite in WAL mode)
   owner.lock         held by the running coordinator
@@ -9,18 +9,20 @@ reports/<study>/
   confirmation.json  finalists, default and untuned base on the confirmation split, and the decision
   confirmation/      the adapters of the finalists' runs with fresh seeds
   runtime.json       seconds spent by all runs so far
+  behaviour.json     answers to held-out prompts and losses on general text, before and after
   memory.json        predicted and measured peaks of the packs that ran on a GPU
   adapter/           the winner
 """
 
 import fcntl
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,12 +30,14 @@ from lora_tune.errors import StoreError
 from lora_tune.files import write_text
 from lora_tune.records import (
     NO_READINGS,
+    Behaviour,
     Confirmation,
     MemoryLog,
     StudyLock,
     StudySnapshot,
     TrialRecord,
 )
+from lora_tune.redaction import redact, redact_values
 
 STUDY_FILE = "study.toml"
 LOCK_FILE = "study.lock.json"
@@ -43,6 +47,9 @@ CONFIRMATION_FILE = "confirmation.json"
 RUNS_FOLDER = "confirmation"
 RUNTIME_FILE = "runtime.json"
 MEMORY_FILE = "memory.json"
+BEHAVIOUR_FILE = "behaviour.json"
+ADAPTER_FOLDER = "adapter"
+WEIGHTS_FILE = "adapter_model.safetensors"  # peft's name, which cannot be imported here
 
 T = TypeVar("T")
 
@@ -99,6 +106,10 @@ class StudyFolder:
         """Return the folder of a trial; it may not exist yet."""
         return self.path / "trials" / f"{number:04d}"
 
+    def save_study_file(self, text: str) -> None:
+        """Keep a copy of the study file for people, without what looks like a credential."""
+        write_text(self.path / STUDY_FILE, redact(text))
+
     def save_lock(self, lock: StudyLock) -> None:
         """Write study.lock.json."""
         write_text(self.path / LOCK_FILE, _dump(lock))
@@ -113,6 +124,10 @@ class StudyFolder:
         folder = self.trial_folder(record.number)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "trial.json", _dump(record))
+
+    def load_trial(self, number: int) -> TrialRecord:
+        """Return one trial's record."""
+        return _load(self.trial_folder(number) / "trial.json", TrialRecord)
 
     def load_trials(self) -> list[TrialRecord]:
         """Return all trial records, by number."""
@@ -147,6 +162,22 @@ class StudyFolder:
         path = self.path / MEMORY_FILE
         return _load(path, MemoryLog) if path.exists() else NO_READINGS
 
+    def save_behaviour(self, behaviour: Behaviour) -> None:
+        """Write how base, default and chosen candidate answer, and what they forgot."""
+        write_text(self.path / BEHAVIOUR_FILE, _dump(behaviour))
+
+    def load_behaviour(self) -> Behaviour | None:
+        """Return what was written of the answers, None while there is nothing."""
+        path = self.path / BEHAVIOUR_FILE
+        return _load(path, Behaviour) if path.exists() else None
+
+    def _adapter_bytes(self) -> int:
+        """Return the size of the winner's weights; 0 without one, also for a moment while it is replaced."""
+        try:
+            return (self.path / ADAPTER_FOLDER / WEIGHTS_FILE).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+
     def snapshot(self) -> StudySnapshot:
         """Return all that a report may use.
 
@@ -159,27 +190,54 @@ class StudyFolder:
                 f"{self.path}: no {LOCK_FILE}, so no study has been started here. "
                 "Start one with: lora-tune run STUDY.toml"
             )
+        # Before the trials: while the study runs, its confirmation names none that is not yet recorded.
+        confirmation = self.load_confirmation()
         return StudySnapshot(
             folder=self.path,
             lock=lock,
             trials=tuple(self.load_trials()),
-            confirmation=self.load_confirmation(),
+            confirmation=confirmation,
             wall_s=self.load_runtime(),
             memory=self.load_memory(),
+            behaviour=self.load_behaviour(),
+            adapter_bytes=self._adapter_bytes(),
         )
 
 
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Return the reader and writer of a kind of record: to make one takes longer than to read a trial."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
 def _dump(value: object) -> str:
-    text = TypeAdapter(type(value)).dump_json(value, indent=1).decode()
+    """Return a record as JSON; texts in it that look like credentials are replaced by ``***``."""
+    text = _adapter(type(value)).dump_json(value, indent=1).decode()
+    plain = json.loads(text)
+    redacted = redact_values(plain)
+    if redacted != plain:
+        text = json.dumps(redacted, indent=1, ensure_ascii=False)
     return text + "\n"
 
 
 def _load(path: Path, kind: type[T]) -> T:
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        record: T = _adapter(kind).validate_json(path.read_bytes())
+        return record
     except (OSError, ValidationError) as error:
-        raise StoreError(f"{path}: cannot be read as a study record ({_short(error)})") from error
+        raise StoreError(
+            f"{path}: cannot be read as a study record ({_short(error)}). Restore the file."
+        ) from error
 
 
-def _short(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _short(error: OSError | ValidationError) -> str:
+    """Return what is wrong, the first of several; nothing of the file's content."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]

@@ -18,7 +18,10 @@ DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completio
 class Section(BaseModel):
     """A section of the study file: immutable, and no key that is not declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # The text below each key is its description in the JSON Schema and in the file that `init` writes.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class StudySection(Section):
@@ -37,7 +40,7 @@ class ModelSection(Section):
 
     base: str = Field(min_length=1)
     """A catalogue name, a hub id, a folder with safetensors, or a ``.gguf`` file."""
-    revision: str | None = None
+    revision: str | None = Field(default=None, examples=["main"])
     """Hub revision (branch, tag or commit); only for a hub id."""
     quantization: Literal["nf4", "none"] = "nf4"
     """``nf4``: 4-bit NormalFloat with double quantization; ``none``: the compute type."""
@@ -53,21 +56,25 @@ class DataSection(Section):
     """A .jsonl, .json, .csv or .parquet file (relative to the study file), or a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
-    eval: str | None = None
+    eval: str | None = Field(default=None, examples=["held-out.jsonl"])
     """A file or hub data set whose rows make the selection and confirmation splits."""
     format: DataFormat = "auto"
     """``auto`` detects the format of each file and says what it found."""
-    chat_template: str | None = None
+    chat_template: str | None = Field(default=None, examples=["chatml"])
     """For a tokenizer without a chat template: a template's name or a Jinja file."""
     train_on: Literal["assistant", "last-assistant"] = "assistant"
     """Which turns carry loss: every assistant turn, or only the last one."""
     max_length: Annotated[int, Field(strict=True, ge=8)] = 1024
     """Tokens a row is cut to."""
-    selection_rows: Annotated[int, Field(strict=True, ge=8)] | None = None
+    selection_rows: Annotated[int, Field(strict=True, ge=8)] | None = Field(
+        default=None, examples=[200]
+    )
     """Rows that choose between trials; default min(1000, a tenth of the rows), at least 8."""
-    confirmation_rows: Annotated[int, Field(strict=True, ge=8)] | None = None
+    confirmation_rows: Annotated[int, Field(strict=True, ge=8)] | None = Field(
+        default=None, examples=[200]
+    )
     """Rows opened once, for the winner; default as ``selection_rows``."""
-    group: str | None = None
+    group: str | None = Field(default=None, examples=["conversation_id"])
     """Column that names the conversation or document a row comes from: its rows stay in one split."""
     max_bad_fraction: Fraction = 0.01
     """The study stops when a larger share of the rows cannot be used."""
@@ -78,7 +85,7 @@ class TrainSection(Section):
 
     epochs: PositiveFloat = 1.0
     """Passes over the training split of a full run; ignored when ``max_steps`` is given."""
-    max_steps: Annotated[int, Field(strict=True, ge=1)] | None = None
+    max_steps: Annotated[int, Field(strict=True, ge=1)] | None = Field(default=None, examples=[500])
     """Optimizer steps of a full run."""
     effective_batch_size: Annotated[int, Field(strict=True, ge=1)] = 16
     """Rows per optimizer step; the same for every trial, so that losses compare."""
@@ -122,7 +129,7 @@ class SpaceSection(Section):
         8.0,
     )
     """lora_alpha divided by rank."""
-    lora_alpha: PositiveFloat | None = None
+    lora_alpha: PositiveFloat | None = Field(default=None, examples=[32])
     """One fixed lora_alpha instead of ``alpha_ratio``."""
     lora_dropout: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)
@@ -139,7 +146,9 @@ class SpaceSection(Section):
     """Bounds of the effective step, learning_rate * lora_alpha / 32."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    epochs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    epochs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = Field(
+        default=None, examples=[[1, 2, 3]]
+    )
     """Lengths of a run to choose from, in epochs: each becomes a rung, and a trial keeps its best one."""
 
     @model_validator(mode="after")
@@ -155,10 +164,15 @@ class AnchorSection(Section):
     """A configuration to begin with; what is not given is taken from anchor A1."""
 
     rank: Rank | None = None
+    """LoRA rank."""
     lora_alpha: PositiveFloat | None = None
+    """The product of the adapter is scaled by lora_alpha / rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout on the adapter's input."""
     target_modules: str | tuple[str, ...] | None = None
+    """A named target set, or a list of module names."""
     learning_rate: PositiveFloat | None = None
+    """Learning rate as it is trained."""
 
 
 def _anchor_kind(value: object) -> str:
@@ -196,10 +210,10 @@ class SearchSection(Section):
     half_step: bool = False
     """With three rungs or more, also try half the step of the first rung's leader: short rungs favour high
     learning rates. Costs about 1 % of training all trials fully."""
-    max_hours: PositiveFloat | None = None
+    max_hours: PositiveFloat | None = Field(default=None, examples=[4])
     """Wall-clock budget in hours, confirmation and earlier runs counted in; no new trial is begun when
     only later rungs and the confirmation still fit."""
-    max_gpu_hours: PositiveFloat | None = None
+    max_gpu_hours: PositiveFloat | None = Field(default=None, examples=[4])
     """The same in hours of all GPUs together."""
 
     @model_validator(mode="after")
@@ -232,6 +246,9 @@ class SelectSection(Section):
     """Shown beside the loss for finalists: ``exact-match``, ``rouge-l``, or your own ``module:function``."""
     max_new_tokens: Annotated[int, Field(strict=True, ge=1)] = 256
     """Tokens generated for a row by the metrics, at most."""
+    samples: Annotated[int, Field(strict=True, ge=0, le=100)] = 5
+    """Held-out prompts that the report shows answered by base, default and winner; 0: none, and no check of
+    what was forgotten."""
     practical_margin: Annotated[float, Field(ge=0, lt=1)] = 0.005
     """Relative loss difference that is called a tie; the cheaper configuration then wins."""
     compute_dtype: Literal["auto", "train", "float32"] = "auto"
@@ -247,6 +264,8 @@ class RunSection(Section):
     """Trials trained together; ``auto``: as many as fit and still raise the measured tokens/s."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA if there is a GPU, else the CPU."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Where points and results are sent as well, through accelerate; none unless named."""
 
 
 class StudySpec(Section):

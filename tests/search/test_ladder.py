@@ -42,6 +42,7 @@ from lora_tune.errors import AllTrialsFailedError
 from lora_tune.records import (
     LaneJob,
     LaneOutcome,
+    LaneSpan,
     Point,
     RungResult,
     SuggestedParams,
@@ -652,6 +653,16 @@ def test_a_repeat_waits_for_the_trial_that_it_repeats() -> None:
     assert {trial.state for trial in study.get_trials()} == {OPTUNA.PRUNED}
     assert [trial.value for trial in study.get_trials()] == [FALLBACK_PENALTY] * len(disk.records)
     assert {record.penalty for record in disk.records.values()} == {FALLBACK_PENALTY}
+
+
+@pytest.mark.parametrize("state", ENDED)
+def test_a_trial_that_ended_early_keeps_when_and_in_which_slot(state: TrialState) -> None:
+    disk = Disk()
+    ladder = make_ladder(new_study(), disk, num_trials=2, window=1)
+    [job] = ladder.next_jobs(1)
+    span = LaneSpan(slot=2, began_s=31.5, ended_s=33.0)
+    ladder.take(replace(early(job, state, "told to"), span=span))
+    assert disk.records[job.trial].span == span
 
 
 def test_after_eight_repeats_steps_are_asked_for_until_the_space_is_exhausted() -> None:
