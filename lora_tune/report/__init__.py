@@ -1,4 +1,4 @@
-"""Study folder to console table, Markdown, CSV, JSON. Never trains, never imports torch.
+"""Study folder to console table, page, Markdown, plots, CSV, JSON. Never trains, never imports torch.
 
 The names below are loaded when they are asked for: an estimate's table needs neither jinja2 nor
 the study reports, and a command that answers at once should not wait for them.

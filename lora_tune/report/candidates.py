@@ -1,9 +1,9 @@
 """The confirmation as tables: how each candidate scored, what it is and costs, metrics beside the loss."""
 
+from lora_tune.records import UNTUNED
 from lora_tune.report import formatting as fmt
 from lora_tune.report.confirmation import (
     DEFAULT,
-    UNTUNED,
     BaseSummary,
     CandidateSummary,
     ConfirmationSummary,

@@ -1,12 +1,18 @@
-"""The model card of an adapter: README.md with the front matter that the hub reads."""
+"""The card of an adapter or a merged model: README.md with the front matter that the hub reads.
+
+Everything foreign in it is escaped: the front matter is written by huggingface_hub's YAML writer, the text by
+the Markdown environment. Folders of the machine that trained are left out.
+"""
 
 import re
+from pathlib import Path
 
 from lora_tune.errors import AllTrialsFailedError
-from lora_tune.records import Decision, StudySnapshot
-from lora_tune.report import candidates, resolved, verdict, wording
+from lora_tune.records import UNTUNED, ConfirmationRun, Decision, StudySnapshot
+from lora_tune.report import candidates, merging, resolved, verdict, wording
 from lora_tune.report import formatting as fmt
-from lora_tune.report.confirmation import UNTUNED, ConfirmationSummary
+from lora_tune.report.behaviour import summarize_behaviour
+from lora_tune.report.confirmation import ConfirmationSummary
 from lora_tune.report.markdown import (
     Markdown,
     environment,
@@ -14,8 +20,14 @@ from lora_tune.report.markdown import (
     markdown_table,
     python_literal,
 )
+from lora_tune.report.merging import MergeReport
 from lora_tune.report.resolved import eval_rows, spec_value
 from lora_tune.report.summary import Outcome, ReportSummary, summarize
+
+_TASK = "text-generation"
+_LOSS_NAME = "loss, nats per target token"
+# Of data.train, when it is no hub data set.
+_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
@@ -31,6 +43,38 @@ def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
     Raises:
         AllTrialsFailedError: Nothing succeeded, so there is no adapter to describe.
     """
+    return _card(snapshot, base_model=base_model, merge=None)
+
+
+def merged_card(snapshot: StudySnapshot, *, base_model: str | None, merge: MergeReport) -> str:
+    """Return the README.md of the base with that adapter merged into it.
+
+    Args:
+        snapshot: The study.
+        base_model: Hub id of the base, as for ``model_card``.
+        merge: What was merged, and what became of the loss.
+
+    Raises:
+        AllTrialsFailedError: Nothing succeeded, so there is no model to describe.
+    """
+    return _card(snapshot, base_model=base_model, merge=merge)
+
+
+def loading_script(snapshot: StudySnapshot, *, local_base: Path | None) -> str:
+    """Return a Python script that loads the adapter from its own folder; the code of the card.
+
+    Args:
+        snapshot: The study.
+        local_base: Where the base is on this machine, for a base without a hub id.
+    """
+    context = load_adapter_context(snapshot, adapter=".")
+    if local_base is not None:
+        context |= {"base": python_literal(str(local_base)), "known": True}
+    code = environment().get_template("load_code.jinja").render(load=context)
+    return f"{code}print(model.active_peft_config)\n"
+
+
+def _card(snapshot: StudySnapshot, *, base_model: str | None, merge: MergeReport | None) -> str:
     summary = summarize(snapshot)
     if summary.config is None or summary.outcome is Outcome.NOTHING:
         raise AllTrialsFailedError(
@@ -38,6 +82,7 @@ def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
             "no adapter to describe. The reasons are in report.md."
         )
     hub_id = base_model if base_model and _is_hub_id(base_model) else None
+    behaviour = summarize_behaviour(snapshot)
     body = (
         environment()
         .get_template("card.md.jinja")
@@ -45,8 +90,14 @@ def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
             name=snapshot.lock.name,
             base=hub_id or _last_part(snapshot.lock.model.base),
             base_model=hub_id,
+            gguf_note=_gguf_note(snapshot) if hub_id and merge is None else "",
+            license=snapshot.lock.model.license,
+            merged=merge is not None,
+            merge_sentences=merging.merge_sentences(merge) if merge else [],
+            merge_table=_merge_table(merge),
             result=_result(summary),
             metric=_metric(summary),
+            behaviour=behaviour.sentences if behaviour is not None else (),
             adapter=_adapter(summary),
             settings=_settings(summary),
             schedule=resolved.schedule_text(snapshot.lock, steps=summary.steps),
@@ -55,22 +106,83 @@ def model_card(snapshot: StudySnapshot, *, base_model: str | None) -> str:
             data=_data(snapshot),
             environment=_environment(snapshot),
             load=_load(snapshot, hub_id),
+            dtype=Markdown(merge.dtype if merge else ""),
         )
     )
-    return f"---\n{_front_matter(snapshot, hub_id)}\n---\n\n{body}"
+    return f"---\n{_front_matter(snapshot, hub_id, merge)}\n---\n\n{body}"
 
 
-def _front_matter(snapshot: StudySnapshot, hub_id: str | None) -> str:
-    from huggingface_hub import ModelCardData
+def _gguf_note(snapshot: StudySnapshot) -> str:
+    note = resolved.gguf_note(snapshot.lock) or ""
+    return note[:1].upper() + note[1:]
 
+
+def _front_matter(snapshot: StudySnapshot, hub_id: str | None, merge: MergeReport | None) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    relation = "finetune" if merge is not None else "adapter"
+    loss = _model_loss(snapshot, merge)
+    name, kind, split = _data_name(snapshot)
+    results = None
+    if loss is not None:
+        results = [
+            EvalResult(
+                task_type=_TASK,
+                dataset_type=kind,
+                dataset_name=f"{name}, held-out rows",
+                dataset_split=split,
+                metric_type="loss",
+                metric_name=_LOSS_NAME,
+                metric_value=float(f"{loss:.6g}"),
+                verified=False,
+            )
+        ]
     data = ModelCardData(
         base_model=hub_id,
-        library_name="peft",
+        base_model_relation=relation if hub_id else None,
+        datasets=[kind] if split is not None else None,
+        library_name="peft" if merge is None else "transformers",
         license=snapshot.lock.model.license,
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASK,
         tags=["lora", "lora-tune"],
+        model_name=snapshot.lock.name if results else None,
+        eval_results=results,
     )
     return data.to_yaml()
+
+
+def _model_loss(snapshot: StudySnapshot, merge: MergeReport | None) -> float | None:
+    """Return the loss on the confirmation rows of the very weights that the card is about."""
+    confirmation = snapshot.confirmation
+    if confirmation is None or confirmation.decision is None or confirmation.refit:
+        return None  # trained on these rows, or not scored
+    if merge is not None:
+        return merge.scores.merged.mean_loss if merge.scores else None
+    shipped = _shipped_run(snapshot)
+    return shipped.evaluation.mean_loss if shipped and shipped.evaluation else None
+
+
+def _shipped_run(snapshot: StudySnapshot) -> ConfirmationRun | None:
+    assert snapshot.confirmation is not None
+    assert snapshot.confirmation.decision is not None
+    decision = snapshot.confirmation.decision
+    runs = snapshot.confirmation.runs_of(decision.chosen)
+    return next((run for run in runs if run.seed == decision.median_seed), None)
+
+
+def _data_name(snapshot: StudySnapshot) -> tuple[str, str, str | None]:
+    """Return the data set's name, its hub id or what stands for it, and its split if it is of the hub."""
+    source = snapshot.lock.data.source
+    if not source.lower().endswith(_FILE_SUFFIXES) and _is_hub_id(source):
+        return source, source, str(spec_value(snapshot.lock.spec, "data", "split") or "train")
+    name = _last_part(source)
+    stem = re.split(r"[\\/]", name)[-1].rpartition(".")[0] or name
+    return name, re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-").lower() or "data", None
+
+
+def _merge_table(merge: MergeReport | None) -> Markdown | None:
+    rows = merging.merge_rows(merge) if merge is not None else []
+    return markdown_table(("loss, nats per target token", "measured"), rows) if rows else None
 
 
 def _is_hub_id(text: str) -> bool:

@@ -7,6 +7,8 @@ from lora_tune.report import formatting as fmt
 from lora_tune.report.ranking import effective_step, measured_peak
 from lora_tune.report.resolved import spec_value
 
+MAX_NAMED = 5  # of missing trials
+
 
 def caveats(
     snapshot: StudySnapshot, *, number: int | None, config: TrialConfig | None
@@ -19,7 +21,7 @@ def caveats(
             settings are not of the space.
         config: The leading configuration, None when there is none.
     """
-    warnings: list[str] = []
+    warnings = missing_trials(snapshot)
     trial = next((t for t in snapshot.trials if t.number == number), None)
     if config is not None and trial is not None:
         warnings += _edge_warnings(snapshot, config)
@@ -39,6 +41,20 @@ def caveats(
         for limit in snapshot.memory.limits
     ]
     return tuple(warnings)
+
+
+def missing_trials(snapshot: StudySnapshot) -> list[str]:
+    """Return a warning when trials are not there that were recorded before others: they have no gaps."""
+    known = {trial.number for trial in snapshot.trials}
+    gone = sorted(set(range(max(known, default=-1))) - known)
+    if not gone:
+        return []
+    folders = ", ".join(f"trials/{number:04d}" for number in gone[:MAX_NAMED])
+    if len(gone) == 1:
+        return [f"{folders} is missing and left out here: restore it."]
+    if len(gone) > MAX_NAMED:
+        folders += f" and {len(gone) - MAX_NAMED} more"
+    return [f"{folders} are missing and left out here: restore them."]
 
 
 def _edge_warnings(snapshot: StudySnapshot, config: TrialConfig) -> list[str]:

@@ -1,7 +1,9 @@
 """What a study will do, before it begins: as sentences, on a terminal, and as one JSON object."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,10 +13,19 @@ from rich.text import Text
 from lora_tune.memory.throughput import ThroughputEstimate
 from lora_tune.memory.verdict import Device
 from lora_tune.records import Forecast, PreparedData, StudyPlan, TrialConfig
+from lora_tune.redaction import redact
 from lora_tune.report import formatting as fmt
+from lora_tune.report.check_rows import (
+    CheckedRows,
+    print_examples,
+    print_lengths,
+    rows_json,
+    rows_lines,
+    rows_warnings,
+)
 from lora_tune.report.estimate_study import FrontierRow
 from lora_tune.report.estimate_tables import frontier_table
-from lora_tune.report.terminal import plain_table, say
+from lora_tune.report.terminal import plain_table, say, say_unbroken
 from lora_tune.search.plan import confirmation_runs, entered_trials
 from lora_tune.stats.power import rows_needed, smallest_visible_difference
 from lora_tune.units import format_bytes
@@ -34,17 +45,29 @@ class CheckedAnchor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskNeed:
+    """What a study will write: adapters and lane states, of which none is removed while it runs."""
+
+    folder: Path  # of the study
+    free_bytes: int
+    used_bytes: int  # by the folder already
+    most_bytes: int  # every trial with the largest adapter that fits, every tie with a seat
+    about_bytes: int  # the anchors, other trials with the mean adapter of the space, no ties
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyCheck:
     """Everything that ``lora-tune check`` found out; nothing was loaded or trained."""
 
     study: str
+    study_file: str
     model: str
     device: Device
     budget_bytes: int
     safety: float
     data: PreparedData
     row_tokens: float  # mean of a training row
-    tokens_are_estimated: bool  # no tokenizer was at hand
+    rows: CheckedRows
     target_sets: tuple[FrontierRow, ...]
     anchors: tuple[CheckedAnchor, ...]
     default: TrialConfig | None  # what gains are measured against; None: it does not fit
@@ -57,8 +80,14 @@ class StudyCheck:
     throughput: (
         ThroughputEstimate | None
     )  # of a full pack, from the data sheet; None: measured, or not known
+    disk: DiskNeed
     practical_margin: float
     notes: tuple[str, ...]
+
+    @property
+    def tokens_are_estimated(self) -> bool:
+        """Whether no tokenizer was at hand."""
+        return self.rows.tokens_are_estimated
 
     @property
     def hours(self) -> tuple[float, float, float] | None:
@@ -143,19 +172,27 @@ def print_check(check: StudyCheck, console: Console) -> None:
         f"(memory.safety {check.safety:.0%}); nothing was loaded or trained",
     )
     _section(console, "Data", _data_lines(check))
+    _title(console, "Lengths")
+    print_lengths(check.rows, console)
+    if check.rows.examples:
+        _title(console, "Examples")
+        print_examples(check.rows, console)
     _table(console, "What fits", frontier_table(check.target_sets, nothing="never fits"))
     if check.anchors or check.default:
         _table(console, "Begins with", _anchor_table(check))
     _table(console, "Trials", _rung_table(check))
     _section(console, "Confirmation", [_confirmation_line(check)])
     _section(console, "Time", _time_lines(check))
+    _section(console, "Disk", _disk_lines(check.disk))
     _section(
         console,
         "Power",
         [power_sentence(check.plan.num_confirmation, practical_margin=check.practical_margin)],
     )
-    if check.notes:
-        _section(console, "Notes", check.notes, style="yellow")
+    if notes := all_notes(check):
+        _section(console, "Notes", notes, style="yellow")
+    console.print()
+    say_unbroken(console, f"Next: lora-tune run {shlex.quote(check.study_file)}")
 
 
 def check_json(check: StudyCheck) -> dict[str, object]:
@@ -168,7 +205,7 @@ def check_json(check: StudyCheck) -> dict[str, object]:
         "device": check.device.name,
         "budget_bytes": check.budget_bytes,
         "data": {
-            "source": found.source,
+            "source": redact(found.source),
             "format": found.format,
             "train": plan.num_train,
             "selection": plan.num_selection,
@@ -176,6 +213,7 @@ def check_json(check: StudyCheck) -> dict[str, object]:
             "row_tokens": check.row_tokens,
             "longest_row_tokens": found.max_tokens,
             "tokens_are_estimated": check.tokens_are_estimated,
+            **rows_json(check.rows, found),
         },
         "target_sets": [
             {
@@ -219,8 +257,21 @@ def check_json(check: StudyCheck) -> dict[str, object]:
             ),
             "rows_needed_for_margin": margin_rows(check.practical_margin),
         },
-        "notes": list(check.notes),
+        "disk": {
+            "folder": str(check.disk.folder),
+            "free_bytes": check.disk.free_bytes,
+            "used_bytes": check.disk.used_bytes,
+            "most_bytes": check.disk.most_bytes,
+            "about_bytes": check.disk.about_bytes,
+        },
+        "notes": all_notes(check),
     }
+
+
+def all_notes(check: StudyCheck) -> list[str]:
+    """Return what the study would say of itself, and what should be mended before it runs."""
+    notes = (*check.notes, *rows_warnings(check.rows), *_disk_warnings(check.disk))
+    return [redact(note) for note in notes]
 
 
 def _config_json(config: TrialConfig) -> dict[str, object]:
@@ -240,7 +291,8 @@ def _data_lines(check: StudyCheck) -> Iterator[str]:
         f"{plan.num_confirmation:,} confirm the winner"
     )
     about = "about " if check.tokens_are_estimated else ""
-    yield f"{about}{check.row_tokens:.0f} tokens a row, {about}{found.max_tokens:,} the longest"
+    yield f"{about}{check.row_tokens:.0f} tokens a training row, {about}{found.max_tokens:,} the longest"
+    yield from rows_lines(check.rows, found)
 
 
 def _anchor_table(check: StudyCheck) -> Table:
@@ -309,6 +361,25 @@ def _time_lines(check: StudyCheck) -> Iterator[str]:
         yield "speed measured when the study began"
     elif hours is not None:
         yield f"between {hours[1]:.2g} and {hours[2]:.2g} h; {check.throughput.source}"
+
+
+def _disk_lines(disk: DiskNeed) -> Iterator[str]:
+    already = f", {format_bytes(disk.used_bytes)} of it already there" if disk.used_bytes else ""
+    yield (
+        f"at most {format_bytes(disk.most_bytes)}, more likely {format_bytes(disk.about_bytes)}"
+        f"{already}; {format_bytes(disk.free_bytes)} are free for {disk.folder}"
+    )
+
+
+def _disk_warnings(disk: DiskNeed) -> Iterator[str]:
+    """Yield nothing where all fits, however large the trials become."""
+    if disk.most_bytes - disk.used_bytes <= disk.free_bytes:
+        return
+    likely = disk.about_bytes - disk.used_bytes > disk.free_bytes
+    yield (
+        f"the disk {'will' if likely else 'may'} be full before the study ends: see Disk above. Free some "
+        "space, choose another study.output, or lower space.rank or search.trials."
+    )
 
 
 def _entered(plan: StudyPlan) -> tuple[int, ...]:

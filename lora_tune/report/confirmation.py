@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from lora_tune.errors import StoreError
 from lora_tune.records import (
+    UNTUNED,
     Candidate,
     CandidateScore,
     Comparison,
@@ -26,7 +27,6 @@ from lora_tune.records import (
 from lora_tune.report.resolved import spec_value
 from lora_tune.stats.ratio import Interval, RatioEstimate, ratio_estimate
 
-UNTUNED = "untuned base"
 DEFAULT = "default"
 
 
@@ -138,17 +138,25 @@ class ConfirmationSummary:
         return next((c for c in self.candidates if c.chosen), None)
 
     def call(self, name: str) -> str:
-        """Return a candidate's name as it stands in a sentence.
-
-        The default may be a trial of the search, or a configuration of its own named "default".
-        """
-        if name == DEFAULT:
-            return "the default"
-        return f"the default ({name})" if name == self.default else name
+        """Return a candidate's name as it stands in a sentence."""
+        return called(name, default=self.default)
 
     def candidate(self, name: str) -> CandidateSummary:
         """Return the candidate of this name."""
         return next(c for c in self.candidates if c.name == name)
+
+
+def called(name: str, *, default: str | None) -> str:
+    """Return a candidate's name as it stands in a sentence.
+
+    The default may be a trial of the search, or a configuration of its own named "default".
+
+    >>> called("trial 3", default="trial 3"), called("default", default="default")
+    ('the default (trial 3)', 'the default')
+    """
+    if name == DEFAULT:
+        return "the default"
+    return f"the default ({name})" if name == default else name
 
 
 def summarize_confirmation(snapshot: StudySnapshot) -> ConfirmationSummary | None:

@@ -1,6 +1,8 @@
 """The report on a terminal. A narrow one loses columns, never its lines' shape."""
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +11,7 @@ from rich.text import Text
 from lora_tune.records import StudySnapshot, TrialRecord
 from lora_tune.report import candidates, verdict, wording
 from lora_tune.report import formatting as fmt
+from lora_tune.report.behaviour import summarize_behaviour
 from lora_tune.report.confirmation import ConfirmationSummary
 from lora_tune.report.probe import probe_sentence
 from lora_tune.report.ranking import FAILED_STATES, ranked
@@ -25,7 +28,11 @@ DROPPED_FIRST = ("each seed", "its 95 % interval", "p", "gap", "to the best", "s
 
 
 def print_report(
-    snapshot: StudySnapshot, console: Console, *, next_command: str | None = None
+    snapshot: StudySnapshot,
+    console: Console,
+    *,
+    next_command: str | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Print recommendation, verdict, candidates, trials, where the adapter is, and what comes next.
 
@@ -33,10 +40,15 @@ def print_report(
         snapshot: The study, finished or not.
         console: Where to print; its width decides which columns are shown.
         next_command: What to name as the next step instead of what the study suggests.
+        folder: Where the files of the report are, instead of the study's folder.
     """
+    reports = folder or snapshot.folder
     summary = summarize(snapshot)
     say(console, wording.headline(summary), style="bold")
     for sentence in wording.conclusions(summary):
+        say(console, sentence)
+    behaviour = summarize_behaviour(snapshot)
+    for sentence in behaviour.sentences if behaviour else ():
         say(console, sentence)
     if summary.confirmation is not None:
         _print_confirmation(console, summary.confirmation)
@@ -52,6 +64,8 @@ def print_report(
     say(console, _cost(summary))
     if forecast := wording.forecast_sentence(summary.cost):
         say(console, forecast)
+    if sentence := wording.sizes_sentence(snapshot):
+        say(console, sentence)
     if sentence := probe_sentence(snapshot.lock.plan):
         say(console, f"Lanes: {sentence}")
     if summary.memory is not None:
@@ -59,8 +73,11 @@ def print_report(
     console.print()
     if summary.outcome is Outcome.FINISHED:
         say_unbroken(console, f"Adapter: {snapshot.folder / 'adapter'}")
-        say_unbroken(console, f"Report: {snapshot.folder / 'report.md'}")
-    if next_command is None and summary.outcome is not Outcome.UNFINISHED:
+    page = reports / "report.html"
+    say_unbroken(console, f"Report: {page if page.is_file() else reports / 'report.md'}")
+    if next_command is None and summary.outcome is Outcome.FINISHED:
+        next_command = f"lora-tune export {shlex.quote(str(snapshot.folder))} --to TARGET"
+    if next_command is None and summary.outcome is Outcome.NOTHING:
         say(console, f"Next: {wording.next_step(summary, snapshot.lock)}")
     else:
         command = next_command or wording.next_step(summary, snapshot.lock)

@@ -147,3 +147,27 @@ def one_line(text: str) -> str:
     return "".join(
         c for c in words if unicodedata.category(c) not in ("Cc", "Cs") and c not in _BIDI
     )
+
+
+def visible_text(text: str) -> str:
+    r"""Return foreign text with its line breaks, what cannot be seen in it written as escapes.
+
+    Control characters, marks that reorder the text around them and halves of pairs would be lost, or
+    act on what shows them.
+
+    >>> visible_text("evil\u202etxt.exe \x1b[31m \ud800")
+    'evil\\u202etxt.exe \\x1b[31m \\ud800'
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escape(c) if _is_invisible(c) else c for c in text)
+
+
+def _is_invisible(char: str) -> bool:
+    return char in _BIDI or (
+        unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") and char not in "\n\t"
+    )
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")

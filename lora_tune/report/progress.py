@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lora_tune.records import LaneReading, ProgressState
 from lora_tune.report import formatting as fmt
-from lora_tune.report.terminal import plain_table, wants_panel
+from lora_tune.report.terminal import open_console, plain_table, wants_panel
 from lora_tune.units import format_bytes, format_duration
 
 MAX_LANES = 12
@@ -44,7 +44,7 @@ class ProgressView:
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or open_console(stderr=True, environ=environ)
         self._min_interval_s = min_interval_s
         self._clock = clock
         self._last_shown_s: float | None = None

@@ -56,6 +56,11 @@ def schedule_text(lock: StudyLock, *, steps: int) -> str:
     )
 
 
+def gguf_note(lock: StudyLock) -> str | None:
+    """Return what the planning noted of a base that came from a GGUF file, and whose hub weights differ."""
+    return next((note for note in lock.notes if note.startswith("the base comes from ")), None)
+
+
 def decay_text(lock: StudyLock) -> str:
     """Return the learning rate's course after the warm-up."""
     cooldown = spec_value(lock.spec, "train", "cooldown_ratio")

@@ -1,12 +1,42 @@
-"""How every report is put on a terminal: sentences, plain tables, and whether a live panel suits it."""
+"""How every report is put on a terminal: sentences, plain tables, and whether colours and a panel suit it."""
 
+import os
 from collections.abc import Mapping
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lora_tune.report import formatting as fmt
+
+
+class _Console(Console):
+    """A console that leaves a reader who has gone to whoever called, instead of ending the program."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+def open_console(*, stderr: bool = False, environ: Mapping[str, str] | None = None) -> Console:
+    """Return the console of standard output, or of standard error: plain text where colours do not suit.
+
+    Args:
+        stderr: For people alone: progress, notes, what comes next.
+        environ: Environment variables; those of the process when None.
+    """
+    if wants_plain(os.environ if environ is None else environ):
+        return _Console(stderr=stderr, color_system=None)
+    return _Console(stderr=stderr)
+
+
+def wants_plain(environ: Mapping[str, str]) -> bool:
+    """Say whether text is to stay without colours and bold, though it may be on a terminal.
+
+    >>> wants_plain({"NO_COLOR": "1"}), wants_plain({"CI": "true"}), wants_plain({"NO_COLOR": ""})
+    (True, True, False)
+    """
+    return bool(environ.get("NO_COLOR") or environ.get("CI"))
 
 
 def say(console: Console, text: str, *, style: str = "") -> None:
@@ -28,5 +58,5 @@ def plain_table(*, header: bool = True) -> Table:
 
 def wants_panel(console: Console, environ: Mapping[str, str]) -> bool:
     """Say whether a live panel suits the console: on a terminal, unless NO_COLOR or CI is set."""
-    plain = environ.get("NO_COLOR") or environ.get("CI")
-    return console.is_terminal and not console.is_dumb_terminal and not plain
+    on_terminal = console.is_terminal and not console.is_dumb_terminal
+    return on_terminal and not wants_plain(environ)

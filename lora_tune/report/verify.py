@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_tune.report import formatting as fmt
-from lora_tune.report.terminal import plain_table, say, wants_panel
+from lora_tune.report.terminal import open_console, plain_table, say, wants_panel
 from lora_tune.units import format_duration
 
 # Largest relative difference of the evaluation loss at the end of training that rounding explains. Seen
@@ -294,7 +294,7 @@ class VerifyView:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or open_console(stderr=True)
         self._num_runs = num_runs
         self._clock = clock
         self._last_line_s = clock()

@@ -1,7 +1,7 @@
 """The sentences that console, Markdown and model card share. Plain text, not escaped."""
 
 from lora_tune.memory.calibration import QUANTILE, least_residuals
-from lora_tune.records import StudyLock, TrialConfig, TrialState
+from lora_tune.records import StudyLock, StudySnapshot, TrialConfig, TrialState
 from lora_tune.report import formatting as fmt
 from lora_tune.report import verdict
 from lora_tune.report.cost import CostSummary
@@ -10,7 +10,7 @@ from lora_tune.report.rivals import PairedComparison
 from lora_tune.report.rungs import RungCorrelation
 from lora_tune.report.summary import Outcome, ReportSummary
 from lora_tune.stats.redundancy import Redundancy
-from lora_tune.units import format_duration
+from lora_tune.units import format_bytes, format_duration
 
 SIGNIFICANCE = 0.05
 LEAST_CORRELATED = 5  # trials, before the agreement of two rungs is worth a sentence
@@ -289,6 +289,26 @@ def cost_sentence(summary: ReportSummary) -> str:
         memory = fmt.format_memory(c.chosen.candidate.predicted_bytes)
         parts.append(f"Training {c.call(c.chosen.name)} alone needs {memory} by the estimate.")
     return " ".join(parts)
+
+
+def sizes_sentence(snapshot: StudySnapshot) -> str:
+    """Return what the adapter and its base take, in bytes; nothing where neither is known."""
+    adapter, base = snapshot.adapter_bytes, snapshot.lock.model.base_bytes
+    if not adapter and not base:
+        return ""
+    held = f"the base in memory {_size_text(base)}"
+    if not adapter:
+        return f"Sizes: {held}."
+    if not base:
+        return f"Sizes: the adapter's file {_size_text(adapter)}."
+    return (
+        f"Sizes: the adapter's file {_size_text(adapter)}, {held}; the adapter is "
+        f"{fmt.format_percent(adapter / base)} of it."
+    )
+
+
+def _size_text(num_bytes: int) -> str:
+    return f"{format_bytes(num_bytes)} ({fmt.format_count(num_bytes)} bytes)"
 
 
 def device_name(device: str) -> str:

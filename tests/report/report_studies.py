@@ -6,18 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_tune.records import (
+    Behaviour,
     Candidate,
     Confirmation,
     ConfirmationRun,
     DataFingerprint,
     EvalResult,
     Forecast,
+    GeneralLoss,
     LanePlan,
+    LaneSpan,
     MetricResult,
     ModelIdentity,
     Point,
     ProbeReading,
     RungResult,
+    Sample,
+    SampleAnswer,
     StudyLock,
     StudyPlan,
     StudySnapshot,
@@ -32,6 +37,10 @@ from lora_tune.units import GIB, MIB
 
 NUM_ROWS = 96
 STEPS = (25, 100, 200)
+NUM_SLOTS = 4
+LOAD_S = 60.0  # until the first lane began
+ADAPTER_BYTES = 3_942_104
+BASE_BYTES = 113_283_072
 
 # number, origin, state, rungs reached, rank, ratio, dropout, target set, learning rate, loss, reason
 ROWS = (
@@ -249,7 +258,13 @@ def confirmed_study(
 ) -> StudySnapshot:
     """Return the finished study with other losses in its confirmation."""
     study = finished_study()
-    return replace(study, confirmation=confirmation(study.trials, losses, default=default))
+    confirmed = confirmation(study.trials, losses, default=default)
+    assert confirmed.decision is not None
+    return replace(
+        study,
+        confirmation=confirmed,
+        behaviour=behaviour(confirmed.decision.chosen, default),
+    )
 
 
 PROBE_READINGS = (
@@ -299,6 +314,7 @@ def lock() -> StudyLock:
             num_parameters=134_515_008,
             license="apache-2.0",
             quantization="nf4",
+            base_bytes=BASE_BYTES,
         ),
         data=DataFingerprint(
             source="docstrings.jsonl",
@@ -378,15 +394,152 @@ def with_repeat_clamp_and_overfit(trials: Sequence[TrialRecord]) -> tuple[TrialR
     return (*changed, repeat)
 
 
+class Slots:
+    """Gives segments the slot of the pack that is free first, as an executor does."""
+
+    def __init__(self) -> None:
+        self._free_s = [LOAD_S] * NUM_SLOTS
+
+    def wait_for_all(self) -> None:
+        """Let no segment begin before all that were placed have ended."""
+        self._free_s = [max(self._free_s)] * NUM_SLOTS
+
+    def place(self, wall_s: float) -> LaneSpan:
+        """Return when and where the next segment is trained."""
+        slot = min(range(NUM_SLOTS), key=lambda i: self._free_s[i])
+        began_s = self._free_s[slot]
+        self._free_s[slot] = began_s + wall_s
+        return LaneSpan(slot=slot, began_s=began_s, ended_s=began_s + wall_s)
+
+
+def with_spans(
+    trials: Sequence[TrialRecord], found: Confirmation
+) -> tuple[tuple[TrialRecord, ...], Confirmation]:
+    """Return the same with a timeline: rung after rung on four slots, the confirmation after them."""
+    slots, changed = Slots(), list(trials)
+    for rung in range(len(STEPS)):
+        slots.wait_for_all()
+        for i, record in enumerate(changed):
+            if record.state is not TrialState.CACHED and rung < len(record.rungs):
+                results = list(record.rungs)
+                results[rung] = replace(results[rung], span=slots.place(results[rung].wall_s))
+                changed[i] = replace(record, rungs=tuple(results))
+    slots.wait_for_all()
+    runs = tuple(replace(r, span=slots.place(r.wall_s)) for r in found.runs)
+    return tuple(changed), replace(found, runs=runs)
+
+
+# Prompt, reference, and the answers of the untuned base, the default and the chosen candidate.
+SAMPLES = (
+    (
+        "Write the docstring of this function.\n\ndef mean(values):\n    return sum(values) / len(values)",
+        "Return the arithmetic mean of the values.",
+        "The function `mean` takes a list of values and returns the sum of the values divided by",
+        "Return the mean value of the values.",
+        "Return the arithmetic mean of a sequence of values.",
+    ),
+    (
+        "Write the docstring of this function.\n\ndef is_empty(path):\n    return not any(path.iterdir())",
+        "Return True if the directory has no entries.",
+        "```python\ndef is_empty(path):\n    return not any(path.iterdir())\n```",
+        "Return whether the path is empty.",
+        "Return True if the directory is empty, False otherwise.",
+    ),
+    (
+        "Write the docstring of this function.\n\ndef close(self):\n    self._file.close()",
+        "Close the underlying file.",
+        "The `close` method closes the file. The file is closed. The file is closed. The file is",
+        "Close the file.",
+        "Close the underlying file.",
+    ),
+    (
+        "Write the docstring of this function.\n\ndef swap(pair):\n    a, b = pair\n    return b, a",
+        "Return the pair in reverse order.",
+        "Here is a docstring: <swap> returns a | b, the pair.",
+        "Swap the pair.",
+        "Return the two items of a pair in reverse order.",
+    ),
+    (
+        "Write the docstring of this function.\n\ndef now():\n    return time.time()",
+        "Return the current time in seconds since the epoch.",
+        "# now\n\n- returns the time\n- takes no arguments",
+        "Return time.",
+        "Return the current time in seconds since the Epoch.",
+    ),
+)
+GENERAL_LOSSES = (3.412, 3.431, 3.446)  # untuned base, default, chosen
+MAX_NEW_TOKENS = 48
+
+
+def behaviour(chosen: str = "trial 3", default: str | None = "trial 5") -> Behaviour:
+    """Return answers to five prompts; of the untuned base two were cut at the limit."""
+    subjects = ["untuned base", *([default] if default not in (None, chosen) else []), chosen]
+    column = {"untuned base": 2, default: 3, chosen: 4}
+    cut = (0, 2)
+    return Behaviour(
+        chosen=chosen,
+        default=default,
+        samples=tuple(
+            Sample(
+                row=7 * number,
+                prompt=sample[0],
+                reference=sample[1],
+                answers=tuple(
+                    SampleAnswer(
+                        subject=subject,
+                        text=sample[column[subject]],
+                        num_tokens=MAX_NEW_TOKENS
+                        if column[subject] == 2 and number in cut
+                        else len(sample[column[subject]].split()) + 3,
+                        ended=not (column[subject] == 2 and number in cut),
+                    )
+                    for subject in subjects
+                ),
+            )
+            for number, sample in enumerate(SAMPLES)
+        ),
+        max_new_tokens=MAX_NEW_TOKENS,
+        general_text="plain prose that comes with the tool",
+        general_tokens=1_843,
+        general_losses=tuple(
+            GeneralLoss(subject=subject, loss=GENERAL_LOSSES[column[subject] - 2])
+            for subject in subjects
+        ),
+    )
+
+
 def finished_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
     """Return a study of twelve trials and a repeat, of which every state but running occurs."""
     trials = with_repeat_clamp_and_overfit([trial(row) for row in ROWS])
+    trials, confirmed = with_spans(trials, confirmation(trials, with_metrics=True))
     return StudySnapshot(
         folder=folder,
         lock=lock(),
         trials=trials,
-        confirmation=confirmation(trials, with_metrics=True),
+        confirmation=confirmed,
         wall_s=2184.0,
+        behaviour=behaviour(),
+        adapter_bytes=ADAPTER_BYTES,
+    )
+
+
+def older_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
+    """Return the finished study as a version wrote it that kept no spans, answers and sizes."""
+    study = finished_study(folder)
+    assert study.confirmation is not None
+    trials = tuple(
+        replace(t, rungs=tuple(replace(result, span=None) for result in t.rungs))
+        for t in study.trials
+    )
+    runs = tuple(replace(r, span=None) for r in study.confirmation.runs)
+    model = replace(study.lock.model, base_bytes=0)
+    return replace(
+        study,
+        lock=replace(study.lock, model=model),
+        trials=trials,
+        confirmation=replace(study.confirmation, runs=runs),
+        behaviour=None,
+        adapter_bytes=0,
     )
 
 
@@ -394,7 +547,13 @@ def unfinished_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot
     """Return the same study after seven trials, the last of which still trains."""
     study = finished_study(folder)
     running = replace(study.trials[6], state=TrialState.RUNNING, rungs=(), reason="")
-    return replace(study, trials=(*study.trials[:6], running), confirmation=None)
+    return replace(
+        study,
+        trials=(*study.trials[:6], running),
+        confirmation=None,
+        behaviour=None,
+        adapter_bytes=0,
+    )
 
 
 def half_confirmed_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
@@ -408,7 +567,7 @@ def half_confirmed_study(folder: Path = Path("reports/docstrings")) -> StudySnap
         base_metrics=(),
         decision=None,
     )
-    return replace(study, confirmation=begun)
+    return replace(study, confirmation=begun, behaviour=None, adapter_bytes=0)
 
 
 def fruitless_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
@@ -419,7 +578,7 @@ def fruitless_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
         replace(t, state=states[t.number % 3], rungs=(), reason="see log", repeats=None)
         for t in study.trials[:12]
     )
-    return replace(study, trials=trials, confirmation=None)
+    return replace(study, trials=trials, confirmation=None, behaviour=None, adapter_bytes=0)
 
 
 def single_trial_study(folder: Path = Path("reports/docstrings")) -> StudySnapshot:
@@ -432,4 +591,5 @@ def single_trial_study(folder: Path = Path("reports/docstrings")) -> StudySnapsh
         lock=replace(study.lock, spec=spec, study_plan=None, forecast=None),
         trials=(only,),
         confirmation=confirmation([only], {"trial 0": (2.335,)}, default=None),
+        behaviour=behaviour("trial 0", None),
     )

@@ -1,9 +1,11 @@
-"""report.md, trials.csv and report.json as files: read back, strict, complete."""
+"""The files of a report: read back, strict, complete, also when plots cannot be made."""
 
 import json
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,12 +13,25 @@ from report_studies import (
     finished_study,
     fruitless_study,
     half_confirmed_study,
+    older_study,
     single_trial_study,
     unfinished_study,
 )
 
 from lora_tune.report import write_reports
-from lora_tune.report.files import report_data
+from lora_tune.report.files import page_with_plots
+from lora_tune.report.plots import draw
+
+
+@dataclass(frozen=True)
+class SimpleChart:
+    """A chart as far as pictures of it go."""
+
+    name: str
+    spec: dict[str, object]
+    title: str = "A title"
+    text: str = "Words."
+    caption: str = "How to read it."
 
 
 def refuse(constant: str) -> None:
@@ -24,17 +39,118 @@ def refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [finished_study, unfinished_study, half_confirmed_study, fruitless_study, single_trial_study],
-)
-def test_three_files_are_written_and_nothing_else_is_left(tmp_path, make):
+MAKERS = [
+    finished_study,
+    older_study,
+    unfinished_study,
+    half_confirmed_study,
+    fruitless_study,
+    single_trial_study,
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_files_are_written_and_nothing_else_is_left(tmp_path, make):
     (tmp_path / "report.md").write_text("the report before")
     paths = write_reports(make(tmp_path))
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
-    assert [path.name for path in paths] == ["report.md", "trials.csv", "report.json"]
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(paths)
+    names = ["report.md", "report.html", "report.json", "trials.csv"]
+    assert [path.name for path in paths[:4]] == names
+    assert all(path.parent == tmp_path / "plots" for path in paths[4:])
     assert "the report before" not in paths[0].read_text(encoding="utf-8")
-    json.loads(paths[2].read_text(encoding="utf-8"), parse_constant=refuse)
+    data = json.loads(paths[2].read_text(encoding="utf-8"), parse_constant=refuse)
+    assert data["problems"] == []
+    assert [tmp_path / chart["file"] for chart in data["charts"]] == paths[4:]
+
+
+def test_every_picture_is_shown_in_the_text_with_its_words(tmp_path):
+    paths = write_reports(finished_study(tmp_path))
+    text = paths[0].read_text(encoding="utf-8")
+    data = json.loads(paths[2].read_text(encoding="utf-8"))
+    assert len(data["charts"]) >= 4
+    for chart, line in zip(data["charts"], re.findall(r"^!\[.*$", text, re.MULTILINE), strict=True):
+        assert line.endswith(f"]({chart['file']})")
+        # the words are the picture's alternative text, their markup escaped
+        assert line.replace("\\", "").startswith(f"![{chart['text'][:40]}")
+
+
+def test_pictures_of_plots_that_are_no_longer_there_are_removed_and_others_kept(tmp_path):
+    first = write_reports(finished_study(tmp_path))
+    own = tmp_path / "plots" / "mine.svg"
+    own.write_text("<svg/>")
+    second = write_reports(fruitless_study(tmp_path))
+    assert len(second) < len(first)
+    assert set((tmp_path / "plots").iterdir()) == {*second[4:], own}
+
+
+def test_a_report_written_elsewhere_names_the_adapter_in_the_study(tmp_path):
+    study = finished_study(tmp_path / "study")
+    paths = write_reports(study, folder=tmp_path / "deep" / "elsewhere")
+    assert {path.parent.name for path in paths} == {"elsewhere", "plots"}
+    assert not study.folder.exists()
+    text = paths[0].read_text(encoding="utf-8")
+    assert f'PeftModel.from_pretrained(base, "{study.folder / "adapter"}")' in text
+
+
+def broken_charts():
+    raise ImportError("no module named vl_convert")
+
+
+def test_plots_that_cannot_be_made_are_a_named_problem():
+    plots = draw(broken_charts)
+    assert plots.charts == ()
+    assert plots.problems == (
+        "The plots could not be made (ImportError: no module named vl_convert).",
+    )
+
+
+def test_a_picture_that_cannot_be_drawn_costs_that_picture_alone():
+    good = SimpleChart("good", {"mark": "point", "data": {"values": []}})
+    plots = draw(lambda: [SimpleChart("bad", {"mark": "no such mark"}), good])
+    assert list(plots.pictures) == ["good"]
+    assert [chart.name for chart in plots.charts] == ["bad", "good"]
+    assert len(plots.problems) == 1
+    assert plots.problems[0].startswith("The plot bad could not be made (")
+
+
+def test_a_page_whose_plots_cannot_be_put_in_is_made_without_them():
+    def render(charts, problems):
+        if charts:
+            raise RuntimeError("the bundle is damaged")
+        return f"page without plots: {' '.join(problems)}"
+
+    plots = draw(lambda: [SimpleChart("good", {"mark": "point", "data": {"values": []}})])
+    page, problems = page_with_plots(render, plots)
+    assert problems == (
+        "The plots of the page could not be made (RuntimeError: the bundle is damaged).",
+    )
+    assert page == f"page without plots: {problems[0]}"
+
+
+def test_a_missing_plotting_library_leaves_the_text_report_and_says_so(tmp_path):
+    """In a process of its own, which cannot import vl_convert: as where its wheel does not exist."""
+    program = (
+        "import sys; sys.modules['vl_convert'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from report_studies import finished_study\n"
+        "from lora_tune.report import write_reports\n"
+        "write_reports(finished_study(Path(sys.argv[2])))"
+    )
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program, here, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "could not be made (ModuleNotFoundError" in done.stderr
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert data["problems"]
+    assert all(chart["file"] is None for chart in data["charts"])
+    assert "## Missing from this report" in text
+    assert "![" not in text
+    assert "Use trial 3" in text
+    assert "vl_convert" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "plots").exists()
 
 
 def test_nothing_is_replaced_when_a_report_cannot_be_made(tmp_path):
@@ -75,49 +191,6 @@ def test_trials_csv_reads_back_as_the_records(tmp_path):
     text = (tmp_path / "trials.csv").read_text()
     assert ",200," in text
     assert ",200.0," not in text
-
-
-def test_report_json_has_the_documented_parts_without_losses_of_single_examples(tmp_path):
-    data = report_data(finished_study(tmp_path))
-    assert list(data) == [
-        "format_version",
-        "recommendation",
-        "verdict",
-        "summary",
-        "lock",
-        "trials",
-        "confirmation",
-        "decision",
-        "forecast",
-        "memory",
-        "probe",
-    ]
-    assert data["format_version"] == 2
-    assert data["summary"]["chosen"] == data["decision"]["chosen"] == "trial 3"
-    assert data["verdict"]["state"] == "better"
-    assert data["decision"]["tied"] == ["trial 7", "trial 3"]
-    assert len(data["decision"]["scores"][0]["seed_losses"]) == 2
-    assert len(data["summary"]["confirmation"]["base"]["interval"]) == 2
-    assert data["trials"][7]["rungs"][2]["eval_loss"] == pytest.approx(2.298, abs=1e-12)
-    assert data["trials"][7]["rungs"][2]["evaluation"]["num_examples"] == 96
-    runs = data["confirmation"]["runs"]
-    assert [(run["candidate"], run["seed"]) for run in runs[:2]] == [("trial 7", 0), ("trial 7", 1)]
-    assert runs[0]["evaluation"]["mean_loss"] == pytest.approx(2.329)
-    assert data["confirmation"]["candidates"][1]["config"]["rank"] == 16
-    assert data["confirmation"]["base_metrics"][0]["num_rows"] == 96
-    assert data["forecast"]["error"] == pytest.approx(2184 / 2040 - 1)
-    assert data["trials"][12]["repeats"] == 3
-    text = json.dumps(data)
-    assert "loss_sums" not in text
-    assert "label_counts" not in text
-    assert '"values"' not in text
-
-
-def test_report_json_of_an_unfinished_study_has_neither_verdict_nor_decision(tmp_path):
-    data = report_data(half_confirmed_study(tmp_path))
-    assert (data["verdict"], data["decision"], data["forecast"]["error"]) == (None, None, None)
-    assert len(data["confirmation"]["runs"]) == 3
-    assert report_data(unfinished_study(tmp_path))["confirmation"] is None
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

@@ -5,6 +5,7 @@ After a wanted change of the report, make the golden anew and read the differenc
     python tests/report/test_report_markdown.py
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +15,25 @@ from report_studies import (
     finished_study,
     fruitless_study,
     half_confirmed_study,
+    older_study,
     single_trial_study,
     unfinished_study,
 )
 
+from lora_tune.records import StudySnapshot
 from lora_tune.report import markdown_escape, render_markdown
+from lora_tune.report.charts import ReportChart
 from lora_tune.report.markdown import code_block, markdown_table, python_literal
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
+
+PLOT = ReportChart(
+    name="loss-memory",
+    title="Trial 3 is tied with the best, trial 7, and needs less memory",
+    text="Loss and memory of three candidates: trial 7 2.331 and 3.98 GiB; trial 3 2.335 and 3.34 GiB.",
+    caption="Each mark is a candidate.",
+    spec={},
+)
 
 PAYLOADS = [
     "a|b|c",
@@ -47,7 +59,17 @@ PAYLOADS = [
 
 def test_the_report_of_a_finished_study_is_the_golden():
     """Make the golden anew by running this file as a program."""
-    assert render_markdown(finished_study()) == GOLDEN.read_text(encoding="utf-8")
+    assert golden_text() == GOLDEN.read_text(encoding="utf-8")
+
+
+def golden_text() -> str:
+    """Return report.md of the finished study with one plot, whose words are fixed here."""
+    return render_markdown(finished_study(), charts=[PLOT])
+
+
+def prose(report: str) -> str:
+    """Return the report without its fenced blocks, in which nothing acts as markup."""
+    return re.sub(r"^(`{3,})[a-z]*\n.*?^\1$", "", report, flags=re.MULTILINE | re.DOTALL)
 
 
 def unescaped(text: str, char: str) -> bool:
@@ -94,15 +116,78 @@ def test_a_report_full_of_payloads_has_the_structure_of_a_plain_one(payload):
         replace(t, reason=payload, config=replace(t.config, target_set=payload))
         for t in study.trials
     )
-    report = render_markdown(replace(study, lock=lock, trials=trials))
-    plain = render_markdown(study)
-    prose = report.split("```python")[0]
-    assert "<" not in prose
-    assert [line for line in report.split("\n") if line.startswith("## ")] == [
-        line for line in plain.split("\n") if line.startswith("## ")
-    ]
+    report = render_markdown(
+        with_answers(replace(study, lock=lock, trials=trials), payload),
+        charts=[replace(PLOT, title=payload, text=payload, caption=payload)],
+        problems=[payload],
+    )
+    plain = render_markdown(with_answers(study, "text"), charts=[PLOT], problems=["text"])
+    assert "<" not in prose(report)
+    assert headings(report) == headings(plain)
+    assert prose(report).count("](plots/loss-memory.svg)") == 1
+    assert prose(report).replace("\\[", "").count("[") == 1  # the picture's: no link beside it
     # Environment has four rows fewer of versions and hardware, all else is equal.
-    assert plain.count("\n| ") - report.count("\n| ") == 4
+    assert prose(plain).count("\n| ") - prose(report).count("\n| ") == 4
+
+
+def headings(report: str) -> list[str]:
+    """Return the headings of the second level."""
+    return [line for line in prose(report).split("\n") if line.startswith("## ")]
+
+
+def with_answers(study: StudySnapshot, text: str) -> StudySnapshot:
+    """Return the study with this text as every prompt, reference and answer, and text's name."""
+    samples = tuple(
+        replace(
+            sample,
+            prompt=text,
+            reference=text,
+            answers=tuple(replace(answer, text=text) for answer in sample.answers),
+        )
+        for sample in study.behaviour.samples
+    )
+    behaviour = replace(study.behaviour, samples=samples, general_text=text, reason=text)
+    return replace(study, behaviour=behaviour)
+
+
+def test_five_prompts_are_answered_by_base_default_and_winner():
+    report = render_markdown(finished_study())
+    part = report.split("## Answers to held-out prompts")[1].split("\n## ")[0]
+    assert part.count("### Confirmation row ") == 5
+    for name in (
+        "Prompt:",
+        "Reference, as in the data:",
+        "Answer of the default (trial 5):",
+        "Answer of trial 3, recommended:",
+    ):
+        assert part.count(f"\n{name}\n\n```text\n") == 5, name
+    assert part.count("Answer of the untuned base:") == 3
+    assert part.count("Answer of the untuned base (cut after 48 tokens):") == 2
+    assert "    return sum(values) / len(values)\n```" in part  # lines and indents are kept
+
+
+def test_an_answer_cannot_end_its_block_and_a_long_one_is_cut():
+    text = "```\n## heading\n<b>\x1b[31m\u202e" + "word " * 1000
+    report = render_markdown(with_answers(finished_study(), text))
+    assert "## heading" not in headings(report)
+    assert "\x1b" not in report
+    assert "\u202e" not in report
+    assert r"<b>\x1b[31m\u202eword word" in report
+    assert "[... 3,5" in report
+    assert "more letters in behaviour.json]" in report
+
+
+def test_a_study_without_answers_says_nothing_of_them():
+    for study in (older_study(), unfinished_study(), half_confirmed_study()):
+        report = render_markdown(study)
+        assert "What else tuning changed" not in report
+        assert "Answers to" not in report
+        assert "Sizes:" not in report or study.lock.model.base_bytes
+
+
+def test_what_is_missing_stands_before_the_candidates():
+    report = render_markdown(finished_study(), problems=["The plots could not be made (x: y)."])
+    assert report.index("- The plots could not be made (x: y).") < report.index("## Candidates")
 
 
 def test_a_name_with_underscores_stays_readable():
@@ -142,9 +227,16 @@ def test_choice_verdict_base_and_cost_come_first_and_in_this_order():
         "The study took 36 min 24 s on the CPU, 7 % longer than forecast. Training trial 3 alone needs "
         "3.34 GiB by the estimate."
     )
-    assert blocks[5].startswith("| setting")
-    titles = [block for block in blocks if block.startswith("## ")]
-    assert titles[:4] == ["## How sure is this", "## Candidates", "## Cost", "## All trials"]
+    assert blocks[5].startswith("Sizes: the adapter's file 3.8 MiB (3,942,104 bytes), the base in")
+    assert blocks[6].startswith("| setting")
+    titles = [title for block in blocks for title in headings(block)]
+    assert titles[:5] == [
+        "## How sure is this",
+        "## What else tuning changed",
+        "## Candidates",
+        "## Answers to held-out prompts",
+        "## Cost",
+    ]
 
 
 def test_what_was_trained_is_shown_beside_what_was_proposed():
@@ -271,4 +363,4 @@ def test_a_single_trial_is_reported():
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(render_markdown(finished_study()), encoding="utf-8")
+    GOLDEN.write_text(golden_text(), encoding="utf-8")

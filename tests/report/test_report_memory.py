@@ -194,12 +194,7 @@ def test_the_console_says_it_in_a_line():
 def test_memory_csv_has_every_reading_unrounded(tmp_path):
     snapshot = replace(study(*FEW, reading(0.0, steps=1)), folder=tmp_path)
     paths = write_reports(snapshot)
-    assert [path.name for path in paths] == [
-        "report.md",
-        "trials.csv",
-        "report.json",
-        "memory.csv",
-    ]
+    assert [path.name for path in paths if path.suffix == ".csv"] == ["trials.csv", "memory.csv"]
     frame = pd.read_csv(tmp_path / "memory.csv", dtype={"trials": str})
     assert list(frame["trials"]) == ["0 1", "2 3", "4", "0 1"]
     assert list(frame["lanes"]) == [2, 2, 1, 2]
