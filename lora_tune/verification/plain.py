@@ -29,7 +29,7 @@ from lora_tune.planning import Inputs, read_inputs
 from lora_tune.records import TokenizedRow, TrialConfig
 from lora_tune.store.folder import StudyFolder
 from lora_tune.verification.process import PlainRequest, PlainResult, PlainRun
-from lora_tune.verification.task import VerifyTask, base_dir_of, verify_task
+from lora_tune.verification.task import VerifyTask, verify_task
 
 Emit = Callable[[str, dict[str, object]], None]
 
@@ -40,7 +40,7 @@ def train_plainly(task: VerifyTask, *, num_seeds: int, emit: Emit) -> PlainResul
     Raises:
         LoraTuneError: Rows or base model are not those of the study, or do not fit.
     """
-    inputs = read_inputs(task.spec, base_dir=base_dir_of(task), lock=task.lock)
+    inputs = read_inputs(task.spec, base_dir=task.base_dir, lock=task.lock)
     if inputs.data.fingerprint.sha256 != task.lock.data.sha256:
         raise DataError(
             f"{task.spec.data.train}: the rows differ from those that {task.lock.name} was trained on. "

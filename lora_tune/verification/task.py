@@ -20,8 +20,8 @@ from lora_tune.records import (
     TrialState,
 )
 from lora_tune.search.plan import hold_step_of
-from lora_tune.store.folder import LOCK_FILE, StudyFolder
-from lora_tune.study.loader import validate_study
+from lora_tune.store.folder import StudyFolder
+from lora_tune.store.origin import base_dir_of, spec_of
 from lora_tune.study.spec import StudySpec
 
 
@@ -32,6 +32,7 @@ class VerifyTask:
     folder: Path
     lock: StudyLock
     spec: StudySpec
+    base_dir: Path  # that paths of the study file are relative to
     record: TrialRecord
 
     @property
@@ -92,10 +93,12 @@ def verify_task(snapshot: StudySnapshot, trial: int | None) -> VerifyTask:
         StoreError: There is no such trial or no winner, the trial has no evaluation to compare with,
             or its adapter is gone or damaged.
     """
+    spec = spec_of(snapshot)
     task = VerifyTask(
         folder=snapshot.folder,
         lock=snapshot.lock,
-        spec=_spec_of(snapshot),
+        spec=spec,
+        base_dir=base_dir_of(snapshot, spec),
         record=_record_of(snapshot, trial),
     )
     if not is_complete(task.adapter_folder):
@@ -105,22 +108,6 @@ def verify_task(snapshot: StudySnapshot, trial: int | None) -> VerifyTask:
             "another trial with --trial."
         )
     return task
-
-
-def base_dir_of(task: VerifyTask) -> Path:
-    """Return the folder that paths of the study file are relative to.
-
-    The lock has the study file as it was given, often relative to where the study was started. That
-    place is known from the study's folder as long as nobody moved it; else it is taken to be here.
-    """
-    here = Path.cwd()
-    below = Path(task.spec.study.output) / task.spec.study.name
-    if not below.is_absolute():
-        folder = task.folder.resolve()
-        for start in (here, *folder.parents):
-            if (start / below).resolve() == folder:
-                return (start / task.lock.study_file).parent
-    return (here / task.lock.study_file).parent
 
 
 def _record_of(snapshot: StudySnapshot, trial: int | None) -> TrialRecord:
@@ -172,14 +159,3 @@ def _why_without_rung(record: TrialRecord) -> str:
 def _listed(numbers: list[int], most: int = 12) -> str:
     shown = ", ".join(str(number) for number in numbers[:most])
     return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
-
-
-def _spec_of(snapshot: StudySnapshot) -> StudySpec:
-    """Return the resolved study file; the lock has the defaults of the version that ran the study."""
-    values: dict[str, dict[str, object]] = {}
-    for section, keys in snapshot.lock.spec.items():
-        assert isinstance(keys, dict)
-        values[section] = dict(keys)
-    if values["space"].get("lora_alpha") is not None:
-        values["space"].pop("alpha_ratio", None)  # resolved, but not to be given together
-    return validate_study(values, source=snapshot.folder / LOCK_FILE)

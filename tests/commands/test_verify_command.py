@@ -31,10 +31,11 @@ from lora_tune.report.verify import (
     verification_json,
 )
 from lora_tune.store.folder import StudyFolder
+from lora_tune.store.origin import base_dir_of, spec_of
 from lora_tune.study.loader import load_study
 from lora_tune.verification.compare import compare
 from lora_tune.verification.process import PlainRequest, run_plainly
-from lora_tune.verification.task import base_dir_of, verify_task
+from lora_tune.verification.task import verify_task
 
 WINNER_STEPS = 12
 
@@ -329,14 +330,13 @@ def test_the_cost_counts_the_whole_path_for_every_run(finished) -> None:
 
 def test_paths_begin_where_the_study_was_started(finished, tmp_path, monkeypatch) -> None:
     snapshot = StudyFolder(finished / "reports" / "nf4").snapshot()
-    task = verify_task(snapshot, None)
+    spec = spec_of(snapshot)
     monkeypatch.chdir(tmp_path)
-    assert base_dir_of(task) == finished
+    assert base_dir_of(snapshot, spec) == finished
     monkeypatch.chdir(finished / "reports")
-    near = verify_task(StudyFolder(Path("nf4")).snapshot(), None)
-    assert base_dir_of(near) == finished
-    moved = replace(task, lock=replace(task.lock, study_file="/elsewhere/nf4.toml"))
-    assert base_dir_of(moved) == Path("/elsewhere")
+    assert base_dir_of(StudyFolder(Path("nf4")).snapshot(), spec) == finished
+    moved = replace(snapshot, lock=replace(snapshot.lock, study_file="/elsewhere/nf4.toml"))
+    assert base_dir_of(moved, spec) == Path("/elsewhere")
 
 
 # The rule of the verdict, on values.
