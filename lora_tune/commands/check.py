@@ -15,6 +15,8 @@ from typing import NamedTuple
 import psutil
 
 from lora_tune.catalog.gpus import Gpu, load_gpus
+from lora_tune.commands.check_disk import disk_need
+from lora_tune.commands.check_rows import GUESS_MARGIN, read_rows
 from lora_tune.commands.estimate_machine import this_machines_gpu
 from lora_tune.errors import MachineError, UncoveredModelError
 from lora_tune.hub import ModelConfig, find_config
@@ -30,8 +32,8 @@ from lora_tune.memory.shape import ModelShape
 from lora_tune.memory.solve import Estimate
 from lora_tune.memory.throughput import ThroughputEstimate, estimate_throughput
 from lora_tune.memory.verdict import DEFAULT_CAPABILITY, Device, find_device
-from lora_tune.records import PreparedData, StudyLock, TargetSet, TrialConfig
-from lora_tune.report.check import CheckedAnchor, StudyCheck, check_json
+from lora_tune.records import StudyLock, TargetSet, TrialConfig
+from lora_tune.report.check import CheckedAnchor, StudyCheck, check_json, print_check
 from lora_tune.report.estimate_study import FrontierRow
 from lora_tune.search.anchors import folklore_default, is_folklore, plan_anchors
 from lora_tune.search.forecast import StudySpeed, measured_speed, plan_and_forecast
@@ -45,10 +47,9 @@ from lora_tune.search.gate import (
 from lora_tune.search.plan import SplitSizes, confirmation_dtype, most_trials
 from lora_tune.search.space import SearchSpace
 from lora_tune.store.folder import StudyFolder
-from lora_tune.study.loader import load_study
+from lora_tune.study.loader import load_study, notes_on_credentials
 from lora_tune.study.spec import StudySpec
-
-GUESS_MARGIN = 2  # by which the longest row may be longer than its estimate
+from lora_tune.trackers import check_trackers
 
 
 def check(study: str, *, gpu: str | None, as_json: bool) -> None:
@@ -66,11 +67,9 @@ def check(study: str, *, gpu: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(check_json(found), indent=2))
         return
-    from rich.console import Console
+    from lora_tune.report.terminal import open_console
 
-    from lora_tune.report.check import print_check
-
-    print_check(found, Console())
+    print_check(found, open_console())
 
 
 class Place(NamedTuple):
@@ -93,6 +92,7 @@ class Base(NamedTuple):
 def check_study(path: Path, *, gpu: str | None = None) -> StudyCheck:
     """Return what a study will do; nothing is written."""
     spec = load_study(path)
+    check_trackers(spec.run.trackers)
     if gpu is not None:
         spec = spec.model_copy(update={"memory": spec.memory.model_copy(update={"gpu": gpu})})
     place = _place(spec)._replace(begun=gpu is None)
@@ -101,9 +101,9 @@ def check_study(path: Path, *, gpu: str | None = None) -> StudyCheck:
     modules, set_notes = resolve_sets(
         spec.space, model_type=base.shape.model_type, linears=base.shape.linear_names
     )
-    data, estimated = _read_data(spec, path.parent)
+    data, rows = read_rows(spec, path.parent)
     longest = data.fingerprint.max_tokens
-    if estimated:
+    if rows.tokens_are_estimated:
         longest = min(spec.data.max_length, GUESS_MARGIN * longest)
     gate = _gate(spec, base, place, longest)
     target_sets, gate_notes = gate.target_sets(modules)
@@ -130,13 +130,14 @@ def check_study(path: Path, *, gpu: str | None = None) -> StudyCheck:
     ]
     return StudyCheck(
         study=spec.study.name,
+        study_file=str(path),
         model=base.found.label,
         device=place.device,
         budget_bytes=gate.budget_bytes,
         safety=spec.memory.safety,
         data=data,
         row_tokens=row_tokens,
-        tokens_are_estimated=estimated,
+        rows=rows,
         target_sets=tuple(_row(gate, target) for target in target_sets),
         anchors=tuple(configs),
         default=_default_beside(spec, base, gate, pack_plan, configs),
@@ -147,8 +148,10 @@ def check_study(path: Path, *, gpu: str | None = None) -> StudyCheck:
         gradient_checkpointing=speed.plan.gradient_checkpointing,
         forecast=planned.forecast,
         throughput=speed.modelled,
+        disk=disk_need(spec, target_sets, planned.plan, [anchor.config for anchor in configs]),
         practical_margin=spec.select.practical_margin,
         notes=(
+            *notes_on_credentials(spec, path),
             *place.notes,
             *data.notes,
             *set_notes,
@@ -204,24 +207,6 @@ def _traced_base(found: ModelConfig) -> Base:
         ModelShape.from_linears(found.config, *meta),
         cache(lambda request: trace_memory(found.config, request)),
     )
-
-
-def _read_data(spec: StudySpec, base_dir: Path) -> tuple[PreparedData, bool]:
-    """Return the splits, and whether their tokens are guessed; transformers is imported only here."""
-    from lora_tune.data.estimate import estimate_data
-    from lora_tune.data.prepare import prepare_data
-    from lora_tune.data.tokenizer import local_tokenizer
-
-    seed = spec.study.seed
-    tokenizer = local_tokenizer(spec.model.base, revision=spec.model.revision, base_dir=base_dir)
-    if tokenizer is not None:
-        return prepare_data(spec.data, tokenizer=tokenizer, seed=seed, base_dir=base_dir), False
-    data = estimate_data(spec.data, seed=seed, base_dir=base_dir)
-    note = (
-        f"the tokenizer of {spec.model.base} is not on this machine: rows are counted, their tokens are "
-        f"estimated (4 characters each, 5 more a turn), and rows {GUESS_MARGIN} times as long have to fit."
-    )
-    return replace(data, notes=(*data.notes, note)), True
 
 
 def _gate(spec: StudySpec, base: Base, place: Place, max_tokens: int) -> Gate:

@@ -52,11 +52,10 @@ def estimate(options: EstimateOptions, *, as_json: bool, require_fit: bool) -> N
     if as_json:
         print(json.dumps(estimate_json(report), indent=2))
     else:
-        from rich.console import Console
-
         from lora_tune.report.estimate_table import print_estimate
+        from lora_tune.report.terminal import open_console
 
-        print_estimate(report, Console())
+        print_estimate(report, open_console())
     if require_fit:
         refuse_misfits(report.gpus)
 

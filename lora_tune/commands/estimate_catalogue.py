@@ -24,11 +24,10 @@ def show_catalogue(*, as_json: bool, given: set[str]) -> None:
         found = {"models": [_model(row) for row in models], "gpus": [_gpu(row) for row in gpus]}
         print(json.dumps(found, indent=2))
         return
-    from rich.console import Console
-
     from lora_tune.report.estimate_tables import print_catalogue
+    from lora_tune.report.terminal import open_console
 
-    print_catalogue([(row, num_parameters(row)) for row in models], gpus, Console())
+    print_catalogue([(row, num_parameters(row)) for row in models], gpus, open_console())
 
 
 def num_parameters(model: CatalogModel) -> int:

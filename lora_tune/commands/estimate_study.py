@@ -60,11 +60,10 @@ def estimate_study(
     if as_json:
         print(json.dumps(frontier_json(frontier), indent=2))
     else:
-        from rich.console import Console
-
         from lora_tune.report.estimate_tables import print_frontier
+        from lora_tune.report.terminal import open_console
 
-        print_frontier(frontier, Console())
+        print_frontier(frontier, open_console())
     empty = [gpu.device.name for gpu in frontier.gpus if gpu.problem]
     if require_fit and empty:
         raise InfeasibleError(f"--require-fit: nothing of the space fits {', '.join(empty)}.")

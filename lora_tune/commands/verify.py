@@ -2,8 +2,7 @@
 
 import json
 
-from rich.console import Console
-
+from lora_tune.report.terminal import open_console
 from lora_tune.report.verify import (
     VerifyView,
     cost_sentence,
@@ -39,5 +38,5 @@ def verify(study: str | None, *, trial: int | None, num_seeds: int, as_json: boo
     if as_json:
         print(json.dumps(verification_json(found), indent=2))
     else:
-        print_verification(found, Console())
+        print_verification(found, open_console())
     return found.agrees

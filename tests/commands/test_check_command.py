@@ -1,5 +1,6 @@
 """``lora-tune check``: the plan is the study's own, and nothing is loaded, trained or written for it."""
 
+import dataclasses
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,14 @@ from lora_tune.commands.check import check, check_study
 from lora_tune.errors import DataError, InfeasibleError, ModelError, StudyFileError
 from lora_tune.memory.shape import ModelShape
 from lora_tune.records import LanePlan, ModelIdentity, ProbeReading, StudyLock
-from lora_tune.report.check import StudyCheck, check_json, forecast_sentence, print_check
+from lora_tune.report.check import (
+    DiskNeed,
+    StudyCheck,
+    all_notes,
+    check_json,
+    forecast_sentence,
+    print_check,
+)
 from lora_tune.search.gate import Gate, resolve_sets
 from lora_tune.store.folder import StudyFolder
 from lora_tune.study.loader import load_study
@@ -139,7 +148,9 @@ def test_its_plan_is_one_hundred_steps_at_three_rungs(checked: StudyCheck) -> No
 
 
 def test_people_read_the_whole_plan_in_eighty_columns(checked: StudyCheck) -> None:
-    text = printed(checked)
+    text = printed(
+        dataclasses.replace(checked, study_file="study.toml")
+    )  # a long path would not be broken
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     for part in (
         "llama-8b-24gb: llama-3.1-8b-instruct on RTX 4090",
@@ -293,6 +304,135 @@ def test_what_a_run_would_refuse_a_check_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         check_study(variant(llama, tmp_path, **changes))
+
+
+# The rows.
+
+
+def small_study(folder: Path, rows: list[object], *lines: str) -> Path:
+    """Return a study of the packaged model on a few rows."""
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    study = folder / "small.toml"
+    study.write_text(
+        '[model]\nbase = "smollm2-135m-instruct"\n[space]\nrank = [4, 8]\n[data]\ntrain = "rows.jsonl"\n'
+        + "".join(f"{line}\n" for line in lines)
+    )
+    return study
+
+
+def pair(question: str, answer: str) -> dict[str, str]:
+    return {"prompt": question, "completion": answer}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without studies, on a machine without a GPU."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_examples_show_what_is_trained_on(elsewhere: Path) -> None:
+    rows: list[object] = [pair(f"question {n}", f"answer {n}") for n in range(60)]
+    found = check_study(small_study(elsewhere, rows))
+    assert len(found.rows.examples) == 3
+    for example in found.rows.examples:
+        [trained] = [part.text for part in example if part.has_loss]
+        assert re.fullmatch(r"answer \d+<\|im_end\|>", trained)
+        number = re.findall(r"\d+", trained)[0]
+        assert f"question {number}" in example[0].text
+    plain = printed(found, width=100)
+    assert re.search(r"\{\+answer \d+<\|im_end\|>\+\}", plain)
+    assert "chat template: the model's own" in plain
+    console = Console(width=100, file=io.StringIO(), color_system="standard", force_terminal=True)
+    print_check(found, console)
+    coloured = console.file.getvalue()
+    assert re.search("\x1b\\[1;32manswer \\d+", coloured)
+    assert "{+" not in coloured
+
+
+def test_rows_that_would_move_the_cursor_are_shown_without_it(elsewhere: Path) -> None:
+    rows: list[object] = [pair(f"{n}\x1b[2J\u202e", f"{n}\x07!") for n in range(60)]
+    text = printed(check_study(small_study(elsewhere, rows)))
+    assert not set("\x1b\x07\u202e") & set(text)
+
+
+def test_a_long_row_is_shown_by_its_ends(elsewhere: Path) -> None:
+    rows: list[object] = [pair(f"{n} " + "long " * 900, f"the end {n}") for n in range(60)]
+    text = printed(check_study(small_study(elsewhere, rows, "max_length = 4000")), width=100)
+    assert "characters ...]" in text
+    assert len(text.splitlines()) < 120
+
+
+def test_leaks_doubles_and_cut_rows_are_said_and_in_the_object(elsewhere: Path) -> None:
+    rows: list[object] = [pair(f"question {n}", f"answer {n}") for n in range(80)]
+    rows += [rows[0], pair("question 5", "word " * 300), pair("QUESTION  7!", "Answer 7")]
+    held_out = [pair(f"other {n}", f"reply {n}") for n in range(30)]
+    held_out += [pair("Question 3", "answer 3.")]
+    (elsewhere / "held.jsonl").write_text("\n".join(map(json.dumps, held_out)))
+    study = small_study(elsewhere, rows, 'eval = "held.jsonl"', "max_length = 128")
+    found = check_study(study)
+    seen = json.loads(json.dumps(check_json(found)))
+    lengths = seen["data"]["lengths"]
+    assert (seen["data"]["num_duplicates"], lengths["num_alike"], lengths["num_cut"]) == (1, 1, 1)
+    assert lengths["num_leaked_selection"] + lengths["num_leaked_confirmation"] == 1
+    assert sum(found["rows"] for found in lengths["bins"]) == len(rows) + len(held_out)
+    assert seen["data"]["train_label_tokens"] < seen["data"]["train_tokens"]
+    flat = " ".join(printed(found).split())
+    assert "1 exact duplicate left out" in flat
+    assert "1 training row like another one but for case, punctuation and white space" in flat
+    assert "1 row (0.9 %) cut to data.max_length = 128" in flat
+    assert re.search(r"1 (selection|confirmation) row also a training", flat)
+
+
+def test_clean_rows_are_called_clean(elsewhere: Path) -> None:
+    rows: list[object] = [pair(f"question {n}", f"answer {n}") for n in range(60)]
+    found = check_study(small_study(elsewhere, rows))
+    flat = " ".join(printed(found).split())
+    assert "no exact duplicates, and no held-out row is also a training row" in flat
+    assert "no row is longer than data.max_length = 1,024" in flat
+    assert not [note for note in all_notes(found) if "also a" in note]
+
+
+def test_without_a_tokenizer_it_says_what_was_not_checked(checked: StudyCheck) -> None:
+    assert checked.rows.examples == ()
+    text = printed(checked)
+    assert "Examples" not in text
+    flat = " ".join(text.split())
+    assert "not checked without it: the chat template, which tokens carry loss" in flat
+    assert check_json(checked)["data"]["chat_template"] is None
+
+
+# The disk.
+
+
+def test_the_disk_is_asked_for_what_adapters_and_lane_states_take(checked: StudyCheck) -> None:
+    disk = checked.disk
+    largest = max(row.trainable_parameters for row in checked.target_sets)
+    trained = 24 + 8 + 3  # trials at the three rungs, seats for ties counted in
+    runs = 6 + 1  # of the confirmation, and the winner's copy
+    assert disk.most_bytes == largest * (trained * 16 + runs * 4)
+    assert disk.used_bytes < disk.about_bytes < disk.most_bytes
+    assert disk.free_bytes == pytest.approx(shutil.disk_usage(tempfile.gettempdir()).free, rel=0.2)
+    assert "GiB are free for reports/llama-8b-24gb" in " ".join(printed(checked).split())
+
+
+@pytest.mark.parametrize(
+    ("free", "used", "word"), [(900, 0, None), (500, 400, None), (500, 0, "may"), (100, 0, "will")]
+)
+def test_a_disk_that_is_too_small_is_warned_of(
+    checked: StudyCheck, free: int, used: int, word: str | None
+) -> None:
+    disk = DiskNeed(
+        folder=Path("reports/x"),
+        free_bytes=free,
+        used_bytes=used,
+        most_bytes=900,
+        about_bytes=300,
+    )
+    notes = all_notes(dataclasses.replace(checked, disk=disk))
+    warned = [note for note in notes if note.startswith("the disk")]
+    assert [note.split()[2] for note in warned] == ([] if word is None else [word])
 
 
 def run_check(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":

@@ -156,6 +156,26 @@ def test_a_damaged_record_is_named_by_its_path(store: StudyFolder, damage: str) 
     store.snapshot()
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
+        ('{"number": "secret"}', "number: Input should be a valid integer"),
+    ],
+)
+def test_a_damaged_record_says_what_is_wrong_and_what_to_do(
+    store: StudyFolder, damage: str, said: str
+) -> None:
+    store.save_trial(trial_record(0))
+    path = store.trial_folder(0) / "trial.json"
+    path.write_text(damage, encoding="utf-8")
+    with pytest.raises(StoreError) as caught:
+        store.load_trials()
+    assert f"({said}" in str(caught.value)
+    assert str(caught.value).endswith(" Restore the file.")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_record_that_was_cut_short_is_damaged_at_any_length(store: StudyFolder) -> None:
     store.save_trial(trial_record(0))
     path = store.trial_folder(0) / "trial.json"

@@ -1,127 +1,21 @@
-"""The commands' signatures and exit codes. Imports the rest only when a command runs.
+"""The signature of ``lora-tune estimate``, which has an option for everything that memory depends on."""
 
-Exit codes: 0 finished; 1 a bug; 2 usage; 3 study file or data; 4 study folder; 5 nothing fits the memory;
-6 all trials failed; 7 this machine; 8 the base model; 9 packed and plain training differ (verify); 75 stopped
-by SIGTERM, the same command goes on; 130 interrupted.
-"""
-
-import shlex
-import sys
 from typing import Annotated
 
 import typer
 
-from lora_tune import __version__
-from lora_tune.errors import LoraTuneError, Terminated
-
-EXIT_DIFFERS = 9
-EXIT_RESUMABLE = 75
-EXIT_INTERRUPTED = 130
-
-app = typer.Typer(
-    name="lora-tune",
-    help="Tune LoRA and QLoRA: many trials packed on one frozen 4-bit base.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-StudyArgument = Annotated[
-    str | None,
-    typer.Argument(
-        help="A study's folder, its study.toml, or its name under reports/; the newest."
-    ),
-]
+from lora_tune.cli.arguments import JsonOption, catalogue_gpus, catalogue_models, study_files
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"lora-tune {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
-def run(
-    study: Annotated[
-        str, typer.Argument(help="A study file, or a started study's folder or name.")
-    ],
-    allow_code: Annotated[
-        bool,
-        typer.Option("--allow-code", help="Let select.metrics name functions of your own modules."),
-    ] = False,
-) -> None:
-    """Run a study to its end, or go on with one that was interrupted."""
-    from lora_tune.commands.run import run as run_command
-
-    run_command(study, command=shlex.join(["lora-tune", *sys.argv[1:]]), allow_code=allow_code)
-
-
-@app.command()
-def check(
-    study: Annotated[str, typer.Argument(help="A study file.")],
-    gpu: Annotated[
-        str | None,
-        typer.Option(help="A GPU of the catalogue or a size, instead of the study's memory.gpu."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
-) -> None:
-    """Show the plan of a study: what fits, trials, hours; trains nothing."""
-    from lora_tune.commands.check import check as check_command
-
-    check_command(study, gpu=gpu, as_json=as_json)
-
-
-@app.command()
-def report(study: StudyArgument = None) -> None:
-    """Make a study's tables and report again from its folder."""
-    from lora_tune.commands.report import report as report_command
-
-    report_command(study)
-
-
-@app.command()
-def verify(
-    study: StudyArgument = None,
-    trial: Annotated[
-        int | None,
-        typer.Option(help="A trial that finished a rung; the winner if not given.", min=0),
-    ] = None,
-    seeds: Annotated[
-        int, typer.Option(help="Further plain runs with other seeds: the seed noise.", min=0)
-    ] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
-) -> None:
-    """Train a finished trial again by plain PEFT and torch, and compare."""
-    from lora_tune.commands.verify import verify as verify_command
-
-    try:
-        agrees = verify_command(study, trial=trial, num_seeds=seeds, as_json=as_json)
-    except KeyboardInterrupt:
-        typer.echo("\nlora-tune: interrupted; nothing was written.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    if not agrees:
-        raise typer.Exit(EXIT_DIFFERS)
-
-
-@app.command()
 def estimate(
     context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
+            metavar="MODEL",
             help="A catalogue name, a hub id, a folder, a config.json or a GGUF file.",
             show_default=False,
+            autocompletion=catalogue_models,
         ),
     ] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
@@ -180,7 +74,8 @@ def estimate(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help="A GPU of the catalogue, a size such as 24GiB, or auto: what is free here. Repeatable."
+            help="A GPU of the catalogue, a size such as 24GiB, or auto: what is free here. Repeatable.",
+            autocompletion=catalogue_gpus,
         ),
     ] = None,
     all_gpus: Annotated[
@@ -207,12 +102,15 @@ def estimate(
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(help="A study file: what of its whole space fits. Instead of MODEL."),
+        typer.Option(
+            help="A study file: what of its whole space fits. Instead of MODEL.",
+            autocompletion=study_files,
+        ),
     ] = None,
     catalogue: Annotated[
         bool, typer.Option("--list", help="Show the catalogue of models and GPUs.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
+    as_json: JsonOption = False,
     require_fit: Annotated[
         bool, typer.Option("--require-fit", help="Exit 5 unless every GPU given fits.")
     ] = False,
@@ -282,22 +180,3 @@ def estimate(
         written=frozenset(given),
     )
     estimate_command(options, as_json=as_json, require_fit=require_fit)
-
-
-def main() -> None:
-    """Run the command line; a ``LoraTuneError`` becomes one message and its exit code."""
-    try:
-        app()
-    except LoraTuneError as error:
-        typer.echo(f"lora-tune: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\nlora-tune: interrupted; the same command goes on from here.", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except Terminated:
-        typer.echo("lora-tune: stopped by SIGTERM; the same command goes on from here.", err=True)
-        sys.exit(EXIT_RESUMABLE)
-
-
-if __name__ == "__main__":
-    main()
