@@ -17,7 +17,8 @@ def find_study(study: str | None) -> StudyFolder:
         StudyFileError: ``study`` is a study file that cannot be used.
     """
     if study is None:
-        started = sorted(REPORTS.glob(f"*/{LOCK_FILE}"), key=lambda path: path.stat().st_mtime)
+        locks = sorted(REPORTS.glob(f"*/{LOCK_FILE}"), key=lambda path: path.stat().st_mtime)
+        started = [path for path in locks if not _is_report_alone(path.parent)]
         if not started:
             raise StoreError(
                 f"no study below {REPORTS}/. Start one with: lora-tune run STUDY.toml, or name its folder."
@@ -31,6 +32,14 @@ def find_study(study: str | None) -> StudyFolder:
     if path.is_dir() and ((path / LOCK_FILE).is_file() or not (named / LOCK_FILE).is_file()):
         return _started(path, study)
     return _started(named, study)
+
+
+def _is_report_alone(folder: Path) -> bool:
+    """Return whether a folder has a report but no trials, as one that was passed on for reading.
+
+    A checkout may date it later than any study.
+    """
+    return (folder / "report.json").is_file() and not (folder / "trials").is_dir()
 
 
 def _started(folder: Path, study: str) -> StudyFolder:

@@ -66,6 +66,15 @@ def test_without_a_word_the_newest_is_meant() -> None:
     assert find_study(None).path == Path("reports/newest")
 
 
+def test_a_report_that_was_passed_on_without_its_trials_is_not_the_newest_study() -> None:
+    start("reports/mine", changed=1_000)
+    start("reports/sample", changed=2_000)
+    Path("reports/sample/report.json").write_text("{}")
+    assert find_study(None).path == Path("reports/mine")
+    Path("reports/sample/trials").mkdir()
+    assert find_study(None).path == Path("reports/sample")
+
+
 def test_a_folder_that_is_no_study_does_not_hide_a_study_of_its_name() -> None:
     start("reports/docs")
     Path("docs").mkdir()
