@@ -170,6 +170,8 @@ class LaneJob:
     eval_rows: int | None = None  # of the split, the first ones; None: all
     # (step, loss): the lane has diverged when its smoothed training loss is above at that step
     loss_limits: tuple[tuple[int, float], ...] = ()
+    # of a segment that goes on: the trial's loss at its first step; None: that of this segment's first
+    first_loss: float | None = None
     metrics: tuple[str, ...] = ()  # besides the loss, by generation on the rows of ``eval_split``
     keep_state: bool = True  # publish the lane's state at ``hold_step`` beside its adapter
 

@@ -52,6 +52,12 @@ class Lane:
         return self.step >= self.job.end_step
 
     @property
+    def first_loss(self) -> float:
+        """Loss at the trial's first step, before it learned; a later segment begins below it."""
+        known = self.job.first_loss
+        return self.points[0].train_loss if known is None else known
+
+    @property
     def next_learning_rate(self) -> float:
         """Learning rate of the step that comes next."""
         config = self.job.config
@@ -72,7 +78,7 @@ class Lane:
         self.num_tokens += point.num_tokens
         self.step = max(self.step, point.step)
         self._compare_with_limits(point)
-        above = point.train_loss > self.points[0].train_loss + DIVERGED_MARGIN
+        above = point.train_loss > self.first_loss + DIVERGED_MARGIN
         self.steps_above = self.steps_above + 1 if above else 0
         self.skipped = 0 if _is_finite(point.grad_norm) else self.skipped + 1
         if point.step == self.job.hold_step:
@@ -101,7 +107,7 @@ class Lane:
         if self.steps_above >= DIVERGED_STEPS:
             return (
                 f"loss {last.train_loss:.2f} at step {last.step}, more than {DIVERGED_MARGIN} above the "
-                f"first ({self.points[0].train_loss:.2f}) for {DIVERGED_STEPS} steps"
+                f"first ({self.first_loss:.2f}) for {DIVERGED_STEPS} steps"
             )
         return ""
 

@@ -420,6 +420,9 @@ class Ladder:
             result_folder=folder / f"rung-{rung}",
             eval_rows=self.plan.eval_rows[rung] if self.plan.eval_rows else None,
             loss_limits=() if rung else self._loss_limits(record.number),
+            first_loss=record.rungs[0].points[0].train_loss
+            if rung and record.rungs[0].points
+            else None,
         )
 
     def _loss_limits(self, number: int) -> tuple[tuple[int, float], ...]:
