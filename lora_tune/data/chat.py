@@ -34,6 +34,16 @@ _FILE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 # that Llama 3.1 writes when it is told none.
 _DATE = datetime.date(2024, 7, 26)
 _PROBE = "zqxprobe"
+# What a template can fail with, beside its own errors: it computes with what the row holds.
+_TEMPLATE_FAULTS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
 
 
 class ChosenTemplate(NamedTuple):
@@ -151,7 +161,9 @@ class ChatRenderer:
                 text, spans = self._spans_by_marks(messages, turns, wanted)
             else:
                 text, spans = self._spans_by_prefixes(messages, wanted)
-        except (TemplateError, TypeError, KeyError) as error:
+        except RowError:
+            raise
+        except _TEMPLATE_FAULTS as error:
             raise RowError("refused by the chat template", str(error)) from error
         for i, (start, end) in zip(wanted, spans, strict=True):
             _check_answer(messages[i].content, text[start:end], f"turn {i + 1} of {len(messages)}")
@@ -225,7 +237,7 @@ class ChatRenderer:
             raise DataError(
                 f"the chat template is not valid Jinja: line {error.lineno}: {error.message}."
             ) from error
-        except (TemplateError, TypeError, KeyError):
+        except _TEMPLATE_FAULTS:
             return ""
         return text.removeprefix(without) if text.startswith(without) else ""
 
@@ -235,7 +247,7 @@ class ChatRenderer:
         try:
             before = self._render(question)
             text = self._render([*question, Message("assistant", _PROBE)])
-        except (TemplateError, TypeError, KeyError):
+        except _TEMPLATE_FAULTS:
             return ""
         header = text.removeprefix(before).partition(_PROBE)[0]
         return header if text.startswith(before) and header.strip() else ""

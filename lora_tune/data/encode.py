@@ -5,7 +5,8 @@ span that carries loss. Plain text is tokenized as it stands, with the special t
 tokenizer adds by itself and the end-of-text token behind it, and carries loss throughout.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +20,28 @@ from lora_tune.records import TokenizedRow
 from lora_tune.study.spec import DataSection
 
 NO_LOSS = -100
+# Of a longer text only the beginning is tokenized, as far as data.max_length reaches and a bit further,
+# since the last tokens of a beginning may differ from those of the whole. A megabyte takes a second.
+_WHOLE_CHARACTERS = 200_000
+_CHARACTERS_A_TOKEN = 8
+_MARGIN_TOKENS = 64
 
 
 class EncodedRow(NamedTuple):
-    """A row cut to ``data.max_length``, and how many tokens it had before."""
+    """A row cut to ``data.max_length``, and how many tokens it had before.
+
+    Of a very long text that number is what its beginning lets expect.
+    """
 
     row: TokenizedRow
+    full_length: int
+
+
+class _Tokens(NamedTuple):
+    """A text's tokens, or those of its beginning: ids, character ranges, and how many it has in all."""
+
+    ids: list[int]
+    offsets: Sequence[tuple[int, int]]
     full_length: int
 
 
@@ -39,9 +56,10 @@ class RowEncoder:
         self._base_dir = base_dir
         self._renderer: ChatRenderer | None = None
         self._num_open_turns = 0
+        self._num_control_rows = 0
         self._has_text = False
-        # One int object per token id: rows hold references, a quarter of the memory.
-        self._ints: dict[int, int] = {NO_LOSS: NO_LOSS}
+        self._example_control = ""
+        self._control = _control_tokens(tokenizer)
         self.chat_template = "none"
 
     @property
@@ -57,6 +75,12 @@ class RowEncoder:
             notes.append(
                 f"{self._num_open_turns} assistant turns have no end-of-turn token that the "
                 "tokenizer knows: the adapter does not learn where to stop."
+            )
+        if self._num_control_rows:
+            notes.append(
+                f"{self._num_control_rows} conversations have special tokens of the model, such as "
+                f"{self._example_control!r}, in the text of a turn; they are read as these tokens, so "
+                "a turn may seem to end there. Leave them out of the data unless that is wanted."
             )
         if self._has_text:
             notes += self._text_notes()
@@ -90,7 +114,17 @@ class RowEncoder:
             self._renderer = self._make_renderer()
         rendered = self._renderer.render(conversation)
         self._num_open_turns += rendered.num_open_turns
+        self._look_for_control_tokens(conversation)
         return rendered
+
+    def _look_for_control_tokens(self, conversation: Conversation) -> None:
+        if self._control is None:
+            return
+        contents = (message.content for message in conversation.messages)
+        found = next(filter(None, map(self._control.search, contents)), None)
+        if found is not None:
+            self._num_control_rows += 1
+            self._example_control = self._example_control or found[0]
 
     def _make_renderer(self) -> ChatRenderer:
         if not self._tokenizer.is_fast:
@@ -109,42 +143,68 @@ class RowEncoder:
         )
 
     def _encode_chats(self, chats: list[Rendered]) -> list[EncodedRow]:
-        if not chats:
-            return []
-        batch = self._tokenizer(
-            [chat.text for chat in chats],
-            add_special_tokens=False,  # the template writes them
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
+        tokens = self._tokenize([chat.text for chat in chats], is_chat=True)
         return [
-            self._cut(ids, label_tokens(ids, offsets, chat.spans))
-            for chat, ids, offsets in zip(
-                chats, batch["input_ids"], batch["offset_mapping"], strict=True
-            )
+            self._cut(found, label_tokens(found.ids, found.offsets, chat.spans))
+            for chat, found in zip(chats, tokens, strict=True)
         ]
 
     def _encode_texts(self, texts: list[str]) -> list[EncodedRow]:
         if not texts:
             return []
         self._has_text = True
-        batch = self._tokenizer(texts, return_attention_mask=False, verbose=False)
         eos = self._tokenizer.eos_token_id
         rows = []
-        for ids in batch["input_ids"]:
-            if eos is not None and ids[-1:] != [eos]:
-                ids.append(eos)
-            rows.append(self._cut(ids, ids))
+        for found in self._tokenize(texts, is_chat=False):
+            if eos is not None and found.ids[-1:] != [eos]:
+                found.ids.append(eos)
+                found = found._replace(full_length=found.full_length + 1)
+            rows.append(self._cut(found, found.ids))
         return rows
 
-    def _cut(self, ids: Sequence[int], labels: Sequence[int]) -> EncodedRow:
-        same, length = self._ints.setdefault, self._data.max_length
-        row = TokenizedRow(
-            input_ids=tuple(same(i, i) for i in ids[:length]),
-            labels=tuple(same(i, i) for i in labels[:length]),
+    def _tokenize(self, texts: list[str], *, is_chat: bool) -> Iterator[_Tokens]:
+        """Yield the tokens of each text, in order."""
+        short = [text for text in texts if len(text) <= self._whole_characters]
+        together = iter(self._tokens_of(short, is_chat=is_chat) if short else ())
+        for text in texts:
+            if len(text) <= self._whole_characters:
+                yield next(together)
+            else:
+                yield self._beginning(text, is_chat=is_chat)
+
+    @property
+    def _whole_characters(self) -> int:
+        return max(_WHOLE_CHARACTERS, _CHARACTERS_A_TOKEN * self._data.max_length)
+
+    def _beginning(self, text: str, *, is_chat: bool) -> _Tokens:
+        size = self._whole_characters
+        while True:
+            [found] = self._tokens_of([text[:size]], is_chat=is_chat)
+            if size >= len(text):
+                return found
+            if len(found.ids) >= self._data.max_length + _MARGIN_TOKENS:
+                return found._replace(full_length=round(len(found.ids) * len(text) / size))
+            size *= 4
+
+    def _tokens_of(self, texts: list[str], *, is_chat: bool) -> list[_Tokens]:
+        batch = self._tokenizer(
+            texts,
+            add_special_tokens=not is_chat,  # a chat template writes them
+            return_offsets_mapping=is_chat,
+            return_attention_mask=False,
+            verbose=False,
         )
-        return EncodedRow(row, len(ids))
+        none: list[Sequence[tuple[int, int]]] = [()] * len(texts)
+        ranges = batch["offset_mapping"] if is_chat else none
+        return [
+            _Tokens(ids, offsets, len(ids))
+            for ids, offsets in zip(batch["input_ids"], ranges, strict=True)
+        ]
+
+    def _cut(self, tokens: _Tokens, labels: Sequence[int]) -> EncodedRow:
+        length = self._data.max_length
+        row = TokenizedRow(input_ids=tokens.ids[:length], labels=labels[:length])
+        return EncodedRow(row, tokens.full_length)
 
     def _text_notes(self) -> list[str]:
         notes = []
@@ -158,6 +218,14 @@ class RowEncoder:
         if unused:
             notes.append(f"Without effect on rows of plain text: {', '.join(unused)}.")
         return notes
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Return what finds a special token in a text; the longer ones are looked for first."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {str(token).strip() for token in added if getattr(token, "special", False)} - {""}
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
 def label_tokens(

@@ -50,13 +50,14 @@ class TextEncoder:
     def _encode(self, example: Example) -> EncodedRow:
         ids: list[int] = []
         labels: list[int] = []
+        longest, full_length = self._data.max_length, 0
         for text, has_loss in self._parts(example):
-            pieces = _pieces(text)
+            full_length += -(-len(text) // CHARACTERS_A_TOKEN)
+            pieces = _pieces(text[: CHARACTERS_A_TOKEN * (longest - len(ids))])
             ids += pieces
             labels += pieces if has_loss else [NO_LOSS] * len(pieces)
-        longest = self._data.max_length
-        row = TokenizedRow(input_ids=tuple(ids[:longest]), labels=tuple(labels[:longest]))
-        return EncodedRow(row, len(ids))
+        row = TokenizedRow(input_ids=tuple(ids), labels=tuple(labels))
+        return EncodedRow(row, full_length)
 
     def _parts(self, example: Example) -> Iterator[tuple[str, bool]]:
         """Yield stretches of text, and whether they carry loss."""

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lora_tune.data.reading import RowError
+from lora_tune.data.reading import RowError, brief, brief_names
 from lora_tune.errors import DataError
 
+MAX_TURNS = 500  # finding the turns that carry loss takes time that grows with the square of them
 _ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
@@ -82,7 +83,7 @@ def choose_format(source: str, wanted: str, rows: list[Mapping[str, object]]) ->
         DataError: No format has these columns, or the wanted one has not.
     """
     found = next((name for row in rows if (name := detect_format(row))), None)
-    columns = ", ".join(sorted({str(column) for row in rows for column in row})) or "none"
+    columns = brief_names({str(column) for row in rows for column in row}) or "none"
     if wanted != "auto":
         if any(_has_columns(row, FORMATS[wanted].columns) for row in rows):
             return wanted
@@ -178,6 +179,8 @@ _TURN_KEYS = ("role", "content", "from", "value", "tool_calls")
 def _turns(value: object, column: str) -> list[Message]:
     if not isinstance(value, list):
         raise RowError("wrong type", f"{column} is {_kind(value)}, not a list of turns")
+    if len(value) > MAX_TURNS:
+        raise RowError("too many turns", f"{column} has {len(value):,}, at most {MAX_TURNS:,}")
     return [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(value)]
 
 
@@ -193,7 +196,9 @@ def _turn(turn: object, where: str) -> Message:
     role = turn[role_key]
     role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in _ROLES:
-        raise RowError("unknown role", f"{where} has {role!r}; roles are {', '.join(_ROLES)}")
+        raise RowError(
+            "unknown role", f"{where} has {brief(repr(role), 40)}; roles are {', '.join(_ROLES)}"
+        )
     # An empty system turn is meaningful: it replaces the template's default one.
     check = _text if role == "system" else _filled
     return Message(str(role), check(turn[content_key], f"{where}.{content_key}"))

@@ -6,7 +6,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from lora_tune.data.reading import RowError
+from lora_tune.data.reading import RowError, brief_names
 from lora_tune.errors import DataError, nearest
 from lora_tune.records import TokenizedRow
 
@@ -21,7 +21,7 @@ def check_group_column(source: str, column: str, rows: Sequence[Mapping[str, obj
     if column not in columns:
         raise DataError(
             f"{source}: data.group is {column!r}, but the rows have no such column"
-            f"{nearest(column, columns) or '.'} They have {', '.join(columns) or 'none'}."
+            f"{nearest(column, columns) or '.'} They have {brief_names(columns) or 'none'}."
         )
 
 

@@ -4,7 +4,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,17 +13,20 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_tune.data.describe import decode_row
 from lora_tune.data.encode import EncodedRow, RowEncoder
-from lora_tune.data.formats import Example, choose_format, convert_row, unused_columns
+from lora_tune.data.formats import Example, PlainText, choose_format, convert_row, unused_columns
 from lora_tune.data.groups import check_group_column, group_of, row_clusters
-from lora_tune.data.reading import RawRow, RowError, find_file, read_rows
-from lora_tune.data.splits import KeyedRow, Splits, split_rows, split_with_eval
+from lora_tune.data.likeness import Likeness, likeness
+from lora_tune.data.reading import RawRow, RowError, brief, brief_names, find_file, read_rows
+from lora_tune.data.splits import KeyedRow, Splits, split_rows, split_with_eval, token_key
 from lora_tune.errors import DataError
 from lora_tune.records import DataFingerprint, PreparedData, TokenizedRow
 from lora_tune.study.spec import DataSection
 
 _HEAD_ROWS = 200  # rows that are looked at to find the format
-_BATCH_ROWS = 256  # rows tokenized together
+_BATCH_ROWS = 256  # rows tokenized together, fewer if they are long
+_BATCH_CHARACTERS = 500_000  # tokens with their places take about thirty times the text
 _SHOWN_FAULTS = 3
+_SHOWN_ROW = 600  # characters
 
 
 def prepare_data(
@@ -87,26 +90,15 @@ def prepare_with(
     if data.split != "train" and all(find_file(source, base_dir) for source in sources):
         notes.append(f"data.split = {data.split!r} is without effect: the rows come from files.")
 
-    train = loaded[0]
-    if data.eval is None:
-        splits = split_rows(
-            train.rows,
-            selection_rows=data.selection_rows,
-            confirmation_rows=data.confirmation_rows,
-            seed=seed,
-        )
-    else:
-        held_out = loaded[1]
-        notes += train.leave_out(held_out)
-        splits = split_with_eval(
-            train.rows,
-            held_out.rows,
-            selection_rows=data.selection_rows,
-            confirmation_rows=data.confirmation_rows,
-            seed=seed,
-        )
+    if data.eval is not None:
+        notes += loaded[0].leave_out(loaded[1])
+    try:
+        splits = _split(loaded, data, seed)
+    except DataError as error:
+        raise DataError("\n  ".join([str(error), *notes])) from error
     if data.group is not None:
         notes.append(_group_note(splits, data.group))
+    notes += _likeness_notes(splits, loaded, grouped=data.group is not None)
     return PreparedData(
         train=splits.train,
         selection=splits.selection,
@@ -116,13 +108,21 @@ def prepare_with(
     )
 
 
+def _split(loaded: list["_Source"], data: DataSection, seed: int) -> Splits:
+    rows = [source.rows for source in loaded]
+    wanted = {"selection_rows": data.selection_rows, "confirmation_rows": data.confirmation_rows}
+    if data.eval is None:
+        return split_rows(rows[0], **wanted, seed=seed)
+    return split_with_eval(rows[0], rows[1], **wanted, seed=seed)
+
+
 @dataclass(slots=True, kw_only=True)
 class _Source:
     """What came out of one file or hub data set."""
 
     name: str
     format: str
-    rows: dict[tuple[int, ...], KeyedRow] = field(default_factory=dict)
+    rows: dict[bytes, KeyedRow] = field(default_factory=dict)
     num_read: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     first_faults: list[str] = field(default_factory=list)
@@ -141,18 +141,21 @@ class _Source:
         if len(self.first_faults) < _SHOWN_FAULTS:
             self.first_faults.append(f"{where}: {fault}")
 
-    def add(self, encoded: EncodedRow, key: bytes, group: str) -> None:
-        row = replace(encoded.row, group=group) if group else encoded.row
+    def add(self, encoded: EncodedRow, key: bytes, alike: Likeness, group: str) -> None:
+        row = encoded.row
+        if group:
+            row = TokenizedRow(input_ids=row.input_ids, labels=row.labels, group=group)
         self.num_truncated += encoded.full_length > len(row.input_ids)
         if row.num_labels == 0:
             self.num_unlabelled += 1
             self.example_unlabelled = self.example_unlabelled or encoded
             return
-        kept = self.rows.get(row.input_ids)
+        tokens = token_key(row)
+        kept = self.rows.get(tokens)
         self.num_duplicates += kept is not None
         # Of rows with the same tokens the smallest hash stays, whatever the order of the file.
         if kept is None or (key, group) < (kept.key, kept.row.group):
-            self.rows[row.input_ids] = KeyedRow(key, row)
+            self.rows[tokens] = KeyedRow(key, row, alike)
 
     def leave_out(self, held_out: "_Source") -> Iterator[str]:
         """Remove the rows, and the groups, of the held-out source; say so, a sentence each."""
@@ -162,6 +165,16 @@ class _Source:
         self.num_duplicates += len(shared)
         if shared:
             yield f"{len(shared)} rows of {self.name} are also in {held_out.name}; they are not trained on."
+        wholes = {keyed.likeness.whole for keyed in held_out.rows.values()}
+        near = [tokens for tokens, keyed in self.rows.items() if keyed.likeness.whole in wholes]
+        for tokens in near:
+            del self.rows[tokens]
+        self.num_duplicates += len(near)
+        if near:
+            yield (
+                f"{len(near)} rows of {self.name} are also in {held_out.name} but for case, punctuation "
+                "and white space; they are not trained on."
+            )
         groups = {keyed.row.group for keyed in held_out.rows.values()} - {""}
         alike = [ids for ids, keyed in self.rows.items() if keyed.row.group in groups]
         for ids in alike:
@@ -192,7 +205,7 @@ class _Source:
         how = "detected" if data.format == "auto" else "as data.format says"
         yield f"{self.name}: {self.num_read} rows, format {self.format} ({how})."
         if self.unused:
-            yield f"{self.name}: not used: {', '.join(sorted(self.unused))}."
+            yield f"{self.name}: not used: {brief_names(self.unused)}."
         if self.num_bad:
             reasons = ", ".join(f"{n} {reason}" for reason, n in self.faults.most_common())
             yield (
@@ -223,7 +236,8 @@ def _load(name: str, *, data: DataSection, encoder: Encoder, seed: int, base_dir
             if isinstance(encoded, RowError):
                 source.add_fault(read.where, encoded)
             else:
-                source.add(encoded, read.example.sort_key(seed), read.group)
+                key, alike = read.example.sort_key(seed), likeness(read.example)
+                source.add(encoded, key, alike, read.group)
     return source
 
 
@@ -245,6 +259,34 @@ def _convert(raw_rows: Iterable[RawRow], source: _Source, column: str | None) ->
             source.add_fault(where, fault)
 
 
+def _likeness_notes(splits: Splits, loaded: list[_Source], *, grouped: bool) -> Iterator[str]:
+    """Say how many rows look like another one, and how many held-out rows have a trained prompt."""
+    unused = {tokens: row.likeness for source in loaded for tokens, row in source.rows.items()}
+    parts = [[unused.pop(token_key(row)) for row in split] for split in splits]
+    held_out = {row.whole for part in parts[1:] for row in part}
+    left_out = sum(row.whole in held_out for row in unused.values()) if grouped else 0
+    if left_out:
+        yield (
+            f"{left_out} rows are also in another split, in another group, but for case, punctuation and "
+            "white space; they are left out."
+        )
+    num_alike = sum(len(part) - len({row.whole for row in part}) for part in parts)
+    if num_alike:
+        yield (
+            f"{num_alike} rows look like another one but for case, punctuation and white space; they "
+            "are kept, in the same split."
+        )
+    trained = {row.prompt for row in parts[0]}
+    asked_again = sum(row.prompt in trained for part in parts[1:] for row in part)
+    if asked_again:
+        yield (
+            f"{asked_again} held-out rows have the prompt of a training row, with another answer: losses "
+            "there may look better than they are. If these prompts are questions rather than one "
+            "instruction to all, leave such rows out, or name a column that they have in common in "
+            "data.group."
+        )
+
+
 def _group_note(splits: Splits, column: str) -> str:
     """Say how many rows of how many groups each split has."""
     parts = [
@@ -255,8 +297,22 @@ def _group_note(splits: Splits, column: str) -> str:
 
 
 def _batches(examples: Iterator[_Read]) -> Iterator[list[_Read]]:
-    while batch := list(islice(examples, _BATCH_ROWS)):
+    batch: list[_Read] = []
+    characters = 0
+    for read in examples:
+        batch.append(read)
+        characters += _num_characters(read.example)
+        if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch
+
+
+def _num_characters(example: Example) -> int:
+    if isinstance(example, PlainText):
+        return len(example.text)
+    return sum(len(message.content) for message in example.messages)
 
 
 def _too_many_faults(source: _Source, limit: float) -> str:
@@ -287,7 +343,8 @@ def _no_labels(
             f"with data.train_on = {data.train_on!r} nothing of it carries loss: the chat template "
             "leaves the assistant's text out, or the row is a single token."
         )
-    text = "" if tokenizer is None else f"\n  {decode_row(example.row, tokenizer)!r}"
+    row = "" if tokenizer is None else repr(decode_row(example.row, tokenizer))
+    text = f"\n  {brief(row, _SHOWN_ROW)}" if row else ""
     return f"{source.name}: none of {source.num_read} rows has a token to learn; {why}{text}"
 
 

@@ -2,31 +2,45 @@
 
 A row's place is decided by a hash of the study's seed and the row's own content. The order of the
 file does not matter, and rows that are added later move few of the others. Rows with a group follow the
-hash of seed and group, so that a conversation or document is never in two splits.
+hash of seed and group, so that a conversation or document is never in two splits. Without groups, rows
+that look alike, and rows with the same prompt, are kept in one split.
 """
 
+import hashlib
+from array import array
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lora_tune.data.groups import group_key, row_clusters
+from lora_tune.data.likeness import Likeness
 from lora_tune.errors import DataError
 from lora_tune.records import TokenizedRow
 
 MIN_ROWS = 8
 MAX_DEFAULT_ROWS = 1000
 MIN_GROUPS = 2  # of a held-out split: fewer show no scatter between groups
+# A prompt that more rows share than this part of a held-out split is no question but an instruction to
+# all; its rows are dealt one by one.
+_MOST_OF_A_PROMPT = 0.25
+_SHORT_BY = 0.1  # of its rows a split may lack to keep prompts together
 
 
 class KeyedRow(NamedTuple):
-    """A row and the hash that orders it."""
+    """A row, the hash that orders it, and the hashes of what it says."""
 
     key: bytes
     row: TokenizedRow
+    likeness: Likeness
 
 
-UniqueRows = Mapping[tuple[int, ...], KeyedRow]
-"""Rows by their token ids, so that exact duplicates cannot exist."""
+UniqueRows = Mapping[bytes, KeyedRow]
+"""Rows by ``token_key``, so that exact duplicates cannot exist."""
+
+
+def token_key(row: TokenizedRow) -> bytes:
+    """Return a hash of the row's token ids."""
+    return hashlib.blake2b(array("q", row.input_ids).tobytes(), digest_size=16).digest()
 
 
 class Splits(NamedTuple):
@@ -120,41 +134,68 @@ def split_with_eval(
             f"{MIN_ROWS} are needed."
         )
     held_out = _carve(eval_rows, "data.eval", num_selection, num_confirmation, seed)
-    return held_out._replace(train=_in_order(rows))
+    return held_out._replace(train=_in_order(rows.values()))
 
 
 def _carve(
     rows: UniqueRows, source: str, num_selection: int, num_confirmation: int, seed: int
 ) -> Splits:
-    """Return the first rows as selection, the next as confirmation, the rest as training split."""
-    if any(keyed.row.group for keyed in rows.values()):
-        return _carve_groups(rows, source, num_selection, num_confirmation, seed)
-    ordered = _in_order(rows)
-    held_out = num_selection + num_confirmation
-    return Splits(
-        train=ordered[held_out:],
-        selection=ordered[:num_selection],
-        confirmation=ordered[num_selection:held_out],
-    )
-
-
-def _carve_groups(
-    rows: UniqueRows, source: str, num_selection: int, num_confirmation: int, seed: int
-) -> Splits:
-    """Deal whole groups: each into the first split that still has room for it, else into training."""
-    groups: dict[str, dict[tuple[int, ...], KeyedRow]] = defaultdict(dict)
-    for ids, keyed in rows.items():
-        groups[keyed.row.group][ids] = keyed
+    """Deal the rows into the three splits, groups whole, else rows that say the same."""
     sizes = {"selection": num_selection, "confirmation": num_confirmation}
-    dealt: dict[str, dict[tuple[int, ...], KeyedRow]] = {
-        "train": {},
-        **{name: {} for name in sizes},
-    }
-    for group in sorted(groups, key=lambda name: group_key(name, seed)):
-        members = groups[group]
-        room = (name for name, size in sizes.items() if len(dealt[name]) + len(members) <= size)
-        dealt[next(room, "train")].update(members)
-    splits = Splits(**{name: _in_order(members) for name, members in dealt.items()})
+    if any(keyed.row.group for keyed in rows.values()):
+        return _carve_groups(rows, source, sizes, seed)
+    most = int(_MOST_OF_A_PROMPT * min(sizes.values()))
+    splits = _deal(_units(rows.values(), most), sizes)
+    if any(len(getattr(splits, name)) < (1 - _SHORT_BY) * size for name, size in sizes.items()):
+        splits = _deal(_units(rows.values(), 0), sizes)
+    for name in sizes:
+        num_rows = len(getattr(splits, name))
+        if num_rows < MIN_ROWS:
+            num_units = len({keyed.likeness.whole for keyed in rows.values()})
+            raise DataError(
+                f"{source} has {len(rows)} usable rows, but only {num_units} that differ by more than "
+                f"case, punctuation and white space; rows that look alike stay together, so {name} gets "
+                f"{num_rows} rows, at least {MIN_ROWS} are needed. Add rows that say something else."
+            )
+    return splits
+
+
+def _units(rows: Iterable[KeyedRow], most: int) -> list[list[KeyedRow]]:
+    """Return what stays together: rows of a prompt if it has at most so many, else rows that look alike."""
+    units = []
+    for same_prompt in _together(rows, lambda keyed: keyed.likeness.prompt):
+        if len(same_prompt) <= most:
+            units.append(same_prompt)
+        else:
+            units += _together(same_prompt, lambda keyed: keyed.likeness.whole)
+    return sorted(units, key=lambda unit: min(keyed.key for keyed in unit))
+
+
+def _together(
+    rows: Iterable[KeyedRow], what: Callable[[KeyedRow], bytes]
+) -> Iterator[list[KeyedRow]]:
+    found: dict[bytes, list[KeyedRow]] = defaultdict(list)
+    for keyed in rows:
+        found[what(keyed)].append(keyed)
+    return iter(found.values())
+
+
+def _deal(units: Iterable[Sequence[KeyedRow]], sizes: Mapping[str, int]) -> Splits:
+    """Deal each unit into the first split that still has room for it, else into training."""
+    dealt: dict[str, list[KeyedRow]] = {"train": [], **{name: [] for name in sizes}}
+    for unit in units:
+        room = (name for name, size in sizes.items() if len(dealt[name]) + len(unit) <= size)
+        dealt[next(room, "train")] += unit
+    return Splits(**{name: _in_order(members) for name, members in dealt.items()})
+
+
+def _carve_groups(rows: UniqueRows, source: str, sizes: Mapping[str, int], seed: int) -> Splits:
+    """Deal whole groups, and leave out rows that look like one of another split."""
+    groups: dict[str, list[KeyedRow]] = defaultdict(list)
+    for keyed in rows.values():
+        groups[keyed.row.group].append(keyed)
+    ordered = sorted(groups, key=lambda name: group_key(name, seed))
+    splits = _without_leaks(_deal([groups[name] for name in ordered], sizes), rows)
     for name in sizes:
         held_out: tuple[TokenizedRow, ...] = getattr(splits, name)
         num_groups = len(set(row_clusters(held_out)))
@@ -167,5 +208,23 @@ def _carve_groups(
     return splits
 
 
-def _in_order(rows: UniqueRows) -> tuple[TokenizedRow, ...]:
-    return tuple(row for _, row in sorted(rows.values(), key=lambda keyed: keyed.key))
+def _without_leaks(splits: Splits, rows: UniqueRows) -> Splits:
+    """Leave out training rows that look like a held-out one, and selection rows like a confirmation one."""
+
+    def likes(part: Iterable[TokenizedRow]) -> set[bytes]:
+        return {rows[token_key(row)].likeness.whole for row in part}
+
+    def without(part: Iterable[TokenizedRow], seen: set[bytes]) -> tuple[TokenizedRow, ...]:
+        return tuple(row for row in part if rows[token_key(row)].likeness.whole not in seen)
+
+    confirmed = likes(splits.confirmation)
+    selection = without(splits.selection, confirmed)
+    return Splits(
+        train=without(splits.train, confirmed | likes(selection)),
+        selection=selection,
+        confirmation=splits.confirmation,
+    )
+
+
+def _in_order(rows: Iterable[KeyedRow]) -> tuple[TokenizedRow, ...]:
+    return tuple(keyed.row for keyed in sorted(rows, key=lambda keyed: keyed.key))

@@ -1,20 +1,20 @@
-"""What rows are like before they are cut and dealt out: lengths, and rows that are nearly the same.
+"""What rows are like before they are cut and dealt out: lengths, labels, and rows that look alike.
 
 ``MeasuredEncoder`` stands between the reading of rows and their encoder and looks on, so that what is
 measured is what a study reads, whatever its format. Every row is looked at; none is kept.
 """
 
-import hashlib
-import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_tune.data.encode import EncodedRow
-from lora_tune.data.formats import Example, PlainText
+from lora_tune.data.formats import Example
+from lora_tune.data.likeness import likeness
 from lora_tune.data.prepare import Encoder
 from lora_tune.data.reading import RowError
-from lora_tune.records import PreparedData, TokenizedRow
+from lora_tune.data.splits import token_key
+from lora_tune.records import PreparedData
 
 _SHORTEST_BIN = 16  # tokens
 
@@ -32,7 +32,8 @@ class LengthBin:
 class RowStatistics:
     """Lengths of all rows that were read, in tokens before they are cut, and rows that look alike.
 
-    Two rows look alike when they differ in case, punctuation and white space alone.
+    Two rows look alike when they differ in case, punctuation and white space alone. Of such rows none is
+    held out where another one is trained on: ``prepare_data`` sees to that.
     """
 
     num_rows: int
@@ -45,8 +46,7 @@ class RowStatistics:
     num_tokens: int
     bins: tuple[LengthBin, ...]  # one of them ends at data.max_length
     num_alike: int  # training rows like an earlier one
-    num_leaked_selection: int  # rows like a training row
-    num_leaked_confirmation: int  # rows like a training or selection row
+    num_without_label: int  # rows that are left out, most often because the cut takes their answer
 
 
 class MeasuredEncoder:
@@ -55,7 +55,8 @@ class MeasuredEncoder:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._lengths = array("q")
-        self._texts: dict[tuple[int, ...], bytes] = {}
+        self._likes: dict[bytes, bytes] = {}
+        self._num_without_label = 0
 
     @property
     def notes(self) -> Sequence[str]:
@@ -73,7 +74,8 @@ class MeasuredEncoder:
         for example, result in zip(examples, results, strict=True):
             if isinstance(result, EncodedRow):
                 self._lengths.append(result.full_length)
-                self._texts[result.row.input_ids] = _likeness(example)
+                self._likes[token_key(result.row)] = likeness(example).whole
+                self._num_without_label += result.row.num_labels == 0
         return results
 
     def statistics(self, data: PreparedData, *, max_length: int) -> RowStatistics:
@@ -84,8 +86,7 @@ class MeasuredEncoder:
             max_length: Tokens that rows were cut to.
         """
         lengths = sorted(self._lengths)
-        train, selection = self._likes(data.train), self._likes(data.selection)
-        trained, seen = set(train), {*train, *selection}
+        trained = {self._likes[token_key(row)] for row in data.train}
         return RowStatistics(
             num_rows=len(lengths),
             median=_quantile(lengths, 0.5),
@@ -96,13 +97,9 @@ class MeasuredEncoder:
             num_cut_tokens=sum(max(0, length - max_length) for length in lengths),
             num_tokens=sum(lengths),
             bins=length_bins(lengths, max_length=max_length),
-            num_alike=len(train) - len(trained),
-            num_leaked_selection=sum(like in trained for like in selection),
-            num_leaked_confirmation=sum(like in seen for like in self._likes(data.confirmation)),
+            num_alike=len(data.train) - len(trained),
+            num_without_label=self._num_without_label,
         )
-
-    def _likes(self, rows: Iterable[TokenizedRow]) -> list[bytes]:
-        return [self._texts[row.input_ids] for row in rows]
 
 
 def length_bins(lengths: Sequence[int], *, max_length: int) -> tuple[LengthBin, ...]:
@@ -129,33 +126,3 @@ def length_bins(lengths: Sequence[int], *, max_length: int) -> tuple[LengthBin, 
 def _quantile(ordered: Sequence[int], share: float) -> int:
     """Return the shortest length that at least this share of the rows does not exceed."""
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
-
-
-class _Spaced(dict[int, int]):
-    """Maps characters that are no part of a word to a space, for ``str.translate``; learns as it goes."""
-
-    def __missing__(self, code: int) -> int:
-        character = chr(code)
-        drop = unicodedata.category(character)[0] in "PZC" and character not in _OPERATORS
-        self[code] = ord(" ") if drop else code
-        return self[code]
-
-
-_OPERATORS = "*/%&#@\\-_"  # punctuation that tells sums and names apart
-_SPACED = _Spaced()
-
-
-def _likeness(example: Example) -> bytes:
-    """Return the same bytes for texts that differ in case, punctuation and white space alone."""
-    if isinstance(example, PlainText):
-        return _digest([example.text])
-    return _digest([text for message in example.messages for text in message])
-
-
-def _digest(texts: Iterable[str]) -> bytes:
-    digest = hashlib.blake2b(digest_size=12)
-    for text in texts:
-        folded = unicodedata.normalize("NFKC", text).casefold().translate(_SPACED)
-        digest.update(" ".join(folded.split()).encode("utf-8", "surrogatepass"))
-        digest.update(b"\x1e")
-    return digest.digest()

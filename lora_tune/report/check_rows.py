@@ -100,28 +100,22 @@ def _share(fraction: float) -> str:
 def _doubles(seen: "RowStatistics", found: DataFingerprint) -> Iterator[str]:
     alike = "but for case, punctuation and white space"
     if found.num_duplicates:
-        yield f"{fmt.plural(found.num_duplicates, 'exact duplicate')} left out"
+        yield f"{fmt.plural(found.num_duplicates, 'duplicate')} left out"
     if seen.num_alike:
         yield f"{fmt.plural(seen.num_alike, 'training row')} like another one {alike}"
-    if not seen.num_leaked_selection and not seen.num_leaked_confirmation:
-        doubles = "" if seen.num_alike or found.num_duplicates else "no exact duplicates, and "
-        yield f"{doubles}no held-out row is also a training row, {alike}"
+    doubles = "" if seen.num_alike or found.num_duplicates else "no exact duplicates, and "
+    yield f"{doubles}no held-out row is also a training row, {alike}"
 
 
 def rows_warnings(rows: CheckedRows) -> Iterator[str]:
     """Yield what should be mended before the study runs."""
     seen = rows.statistics
-    leaks = {
-        "selection": (seen.num_leaked_selection, "a training row"),
-        "confirmation": (seen.num_leaked_confirmation, "a training or selection row"),
-    }
-    for split, (count, other) in leaks.items():
-        if count:
-            yield (
-                f"{fmt.plural(count, f'{split} row')} also {other}, but for case, punctuation and white "
-                "space: losses there look better than they are. Leave the doubles out of the data, or name "
-                "their common column in data.group."
-            )
+    if seen.num_without_label > seen.num_rows // 100:
+        yield (
+            f"{fmt.plural(seen.num_without_label, 'row')} ({_share(seen.num_without_label / seen.num_rows)}) "
+            f"left out because no token with loss remains within data.max_length = {rows.max_length:,}; "
+            f"95 % of the rows are no longer than {seen.percentile_95:,} tokens."
+        )
 
 
 def print_lengths(rows: CheckedRows, console: Console) -> None:

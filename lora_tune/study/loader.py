@@ -1,43 +1,30 @@
-"""A study file to a StudySpec, with errors that say where, what was seen and what is allowed."""
+"""A study file to a StudySpec, with errors that say where, what was seen and what is allowed.
 
-import json
+Every fault is one line that begins with the file and, where it is known, the line in it. How a fault is
+worded is in ``faults.py``, and of a text that is no TOML in ``toml_faults.py``.
+"""
+
+import os
+import re
+import stat
 import tomllib
-import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from lora_tune.errors import StudyFileError, nearest
+from lora_tune.errors import StudyFileError
 from lora_tune.redaction import MASK, keys_with_secrets, redact
-from lora_tune.study.spec import AnchorSection, StudySpec
+from lora_tune.study.choices import printable
+from lora_tune.study.faults import explain
+from lora_tune.study.key_lines import Key, UnfitTextError, key_lines
+from lora_tune.study.spec import StudySpec
+from lora_tune.study.toml_faults import explain_toml
 
-_TYPES = {str: "text", bool: "true/false", int: "a whole number", float: "a number"}
-_TYPES |= {list: "a list", dict: "a table"}
-
-_WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "float_": "a number",
-    "string_type": "text in quotes",
-    "string_too_short": "text that is not empty",
-    "string_pattern": "letters, digits, _, . and -, beginning with a letter, a digit or _",
-    "bool_": "true or false",
-    "tuple_type": "a list",
-    "model_type": "a section",
-    "too_short": "a list with at least one value",
-    "too_long": "a shorter list",
-}
-_AUTO = {
-    "run.lanes": ', or "auto"',
-    "search.trials": ', or "auto"',
-    "search.min_rung_steps": ', or "auto"',
-    "select.seeds": ', or "auto"',
-    "train.micro_batch_size": ', or "auto"',
-    "train.gradient_checkpointing": ', or "auto"',
-}
+# A file with every key and its explanation has 12 kB. Of the worst text of this size all faults are known
+# within a second.
+MOST_BYTES = 2**18
 
 
 def load_study(path: Path) -> StudySpec:
@@ -46,31 +33,47 @@ def load_study(path: Path) -> StudySpec:
     Raises:
         StudyFileError: One message for all faults found.
     """
+    text = _read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise StudyFileError(
-            f"{path}: no such study file. Give the path of a .toml file, e.g. studies/quickstart.toml."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyFileError(f"{path}: cannot be read as text ({error})") from error
-    try:
+        lines = key_lines(text)
         values = tomllib.loads(text)
+    except UnfitTextError as error:
+        raise StudyFileError(
+            f"{printable(str(path))}:{error.line}: {error}. This is no study file."
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise StudyFileError(f"{path}: not valid TOML: {error}") from error
-    return validate_study(values, source=path)
+        place, fault = explain_toml(error, text)
+        raise StudyFileError(f"{printable(str(path))}:{place}: {fault}") from error
+    return validate_study(values, source=path, lines=lines)
 
 
-def validate_study(values: dict[str, Any], *, source: Path) -> StudySpec:
-    """Validate the values of a study file read from ``source``."""
+def validate_study(
+    values: dict[str, Any], *, source: Path, lines: Mapping[Key, int] | None = None
+) -> StudySpec:
+    """Validate the values of a study file.
+
+    Args:
+        values: Sections by their names.
+        source: The file that they are from.
+        lines: In which line of it each key is, for the messages.
+
+    Raises:
+        StudyFileError: One message for all faults found.
+    """
     study = values.get("study", {})
     if isinstance(study, dict) and study.get("name", "") == "":
-        values = {**values, "study": {**study, "name": source.stem}}
+        values = {**values, "study": {**study, "name": _name_of(source)}}
     try:
         spec = StudySpec.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(detail) for detail in _without_union_noise(error.errors()))
-        raise StudyFileError("\n".join(f"{source}: {line}" for line in lines)) from None
+        details = error.errors(include_url=False)
+        faults = explain(details, values, lines or {})
+        where = printable(str(source))
+        message = "\n".join(
+            f"{where}: {fault}" if line is None else f"{where}:{line}: {fault}"
+            for line, fault in faults
+        )
+        raise StudyFileError(message) from None
     if redact(spec.study.name) != spec.study.name:
         raise StudyFileError(
             f"{source}: study.name holds what looks like a credential, and it would be the name of the "
@@ -92,105 +95,60 @@ def notes_on_credentials(spec: StudySpec, study_file: Path) -> tuple[str, ...]:
     )
 
 
-def _without_union_noise(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Keep one error per key, and none for a list whose items have errors of their own.
+def _name_of(source: Path) -> str:
+    """Return a study file's own name as one that a study may have."""
+    name = source.stem
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        name = re.sub(r"[^\w.-]+", "-", name).strip(".-")
+    return name[:100].encode()[:200].decode(errors="ignore") or "study"
 
-    A union reports an error for each of its members, under the member's name.
+
+def _read_text(path: Path) -> str:
+    """Return the text of a file; of a pipe or a device, which may never end, nothing is read."""
+    where = printable(str(path))
+    try:
+        content = _read_bytes(path)
+    except FileNotFoundError:
+        raise StudyFileError(
+            f"{where}: no such study file. Give the path of a .toml file, e.g. studies/quickstart.toml."
+        ) from None
+    except OSError as error:
+        raise StudyFileError(f"{where}: cannot be read ({error.strerror}).") from error
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise StudyFileError(f"{where}: UTF-16 text; save it as UTF-8.")
+    try:
+        return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise StudyFileError(
+            f"{where}:{line}: byte {content[error.start]:#04x} is not UTF-8. Save the file as UTF-8 text."
+        ) from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        StudyFileError: It is none, or too large for a study file.
     """
-    kept: dict[tuple[int | str, ...], ErrorDetails] = {}
-    for detail in details:
-        *path, last = detail["loc"] or ("",)
-        own_word = detail["type"] == "extra_forbidden"  # then the last part is the user's
-        key = tuple(part for part in path if not _is_union_tag(part))
-        if detail["loc"] and (own_word or not _is_union_tag(last)):
-            key = (*key, last)
-        # what the value should be says more than that it is not the word "auto"; of a name, which names
-        # there are says more than that it is no section
-        if key not in kept or (
-            kept[key]["type"] == "literal_error" and detail["type"] != "model_type"
-        ):
-            kept[key] = {**detail, "loc": key}
-    return [
-        detail
-        for key, detail in kept.items()
-        if not any(len(other) > len(key) and other[: len(key)] == key for other in kept)
-    ]
-
-
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (
-        part in ("int", "str", "bool", "float", AnchorSection.__name__)
-        or any(mark in part for mark in "[](-")
-    )
-
-
-def _explain(detail: ErrorDetails) -> str:
-    key = _dotted(detail["loc"])
-    seen = detail["input"]
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        known = sorted(_fields_at(detail["loc"][:-1]))
-        hint = nearest(str(detail["loc"][-1]), known) or "."
-        return f"unknown key {key}{hint} Known: {', '.join(known)}."
-    if kind == "missing" and isinstance(detail["loc"][-1], int):
-        return f"{_dotted(detail['loc'][:-1])} has too few values: give [lowest, highest]."
-    if kind == "missing":
-        return f"{key} is missing and has no default. Add it."
-    if kind == "value_error":
-        where = f"{key}: " if key else ""  # none: the sections do not go together
-        return f"{where}{detail['msg'].removeprefix('Value error, ')}."
-    allowed = _allowed(detail)
-    hint = _hint(kind, seen)
-    return f"{key} is {_show(seen)}; {allowed}.{hint}"
-
-
-def _allowed(detail: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in detail["loc"] if not isinstance(part, int))
-    if key == "space.rank":
-        return "ranks are whole numbers from 1 to 1024"
-    context = detail.get("ctx", {})
-    if detail["type"] == "literal_error":
-        return f"allowed: {context['expected']}"
-    wanted = next((text for kind, text in _WANTED.items() if detail["type"].startswith(kind)), "")
-    if not wanted:
-        wanted = detail["msg"].removeprefix("Input should be ")
-    return f"it should be {wanted}{_AUTO.get(key, '')}"
-
-
-def _hint(kind: str, seen: object) -> str:
-    if isinstance(seen, str) and kind.startswith(("int", "float")):
-        try:
-            float(seen)
-        except ValueError:
-            return ""
-        return f" Write {seen} without quotes."
-    return ""
-
-
-def _show(value: object) -> str:
-    name = _TYPES.get(type(value), type(value).__name__)
-    return f"{json.dumps(value, default=str)} ({name})"
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
-
-
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = StudySpec
-    for part in location:
-        if isinstance(part, str):
-            found = _section_in(model.model_fields[part].annotation)
-            assert found is not None
-            model = found
-    return list(model.model_fields)
-
-
-def _section_in(annotation: object) -> type[BaseModel] | None:
-    """Return the section that a type is, or holds in a list or a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
+    where = printable(str(path))
+    # O_NONBLOCK: to open a pipe that nobody writes to would wait
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if stat.S_ISDIR(found.st_mode):
+            raise StudyFileError(f"{where}: a folder; name the study file in it.")
+        if not stat.S_ISREG(found.st_mode):
+            raise StudyFileError(
+                f"{where}: a pipe or a device; a study file is read more than once. Save it as a file."
+            )
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            content = file.read(MOST_BYTES + 1)
+    finally:
+        os.close(handle)
+    if len(content) > MOST_BYTES:
+        raise StudyFileError(
+            f"{where}: more than {MOST_BYTES // 1024} KiB; a study file has a few kB. Is it the data? "
+            "They are named in it, as data.train."
+        )
+    return content

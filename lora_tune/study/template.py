@@ -6,11 +6,11 @@ limits and defaults come from the schema, so they cannot differ from what the lo
 
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import tomlkit
 from tomlkit.items import Table
 
+from lora_tune.study.choices import Json, choices, toml_literal
 from lora_tune.study.schema import study_schema
 
 # Set in a new file, even to the default, because a first study is likely to change them.
@@ -24,19 +24,10 @@ _SHOWN = {
     "select": ("finalists",),
 }
 _WIDTH = 98
-_KINDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "text",
-    "boolean": "true or false",
-    "array": "a list",
-}
 _HEADER = (
     "A study of lora-tune. Lines that are commented out show the default of a key, or an example where there "
     "is none. Paths of model and data are relative to this file."
 )
-
-Json = Mapping[str, Any]
 
 
 def study_template(given: Mapping[str, Mapping[str, object]], *, schema: str) -> str:
@@ -55,20 +46,6 @@ def study_template(given: Mapping[str, Mapping[str, object]], *, schema: str) ->
         table = _table(section, given.get(name, {}), _SHOWN.get(name, ()))
         document.add(name, table.comment(_meaning_of_section(section["description"])))
     return f"#:schema {schema}\n{tomlkit.dumps(document)}"
-
-
-def toml_literal(value: object) -> str:
-    """Return a value as it is written in a study file.
-
-    >>> toml_literal((3e-05, 2e-3)), toml_literal("auto"), toml_literal(True)
-    ('[3e-5, 0.002]', '"auto"', 'true')
-    """
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(toml_literal, value))}]"
-    if isinstance(value, float):
-        mantissa, mark, exponent = repr(value).partition("e")
-        return f"{mantissa}e{int(exponent)}" if mark else mantissa
-    return str(tomlkit.item(value).as_string())
 
 
 def _meaning_of_section(description: str) -> str:
@@ -97,52 +74,9 @@ def _table(section: Json, given: Mapping[str, object], shown: tuple[str, ...]) -
 
 def _explanation(meaning: Json, *, required: bool) -> Iterator[str]:
     """Yield the lines above a key: what it means, what may stand there, and the default."""
-    facts = [_choices(meaning)]
+    facts = [choices(meaning)]
     if not required:
         default = meaning.get("default")
         facts.append(f"default: {'none' if default is None else toml_literal(default)}")
     text = f"{meaning['description'].rstrip('.')} ({'; '.join(facts)})."
     yield from textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def _choices(meaning: Json) -> str:
-    """Say which values a key takes.
-
-    >>> _choices({"enum": ["nf4", "none"], "type": "string"})
-    '"nf4" or "none"'
-    >>> _choices({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]})
-    '"auto" or a whole number from 1'
-    >>> _choices({"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}})
-    'a list; each of it a number above 0'
-    """
-    if "anyOf" in meaning:
-        return " or ".join(map(_choices, meaning["anyOf"]))
-    if "const" in meaning:
-        return toml_literal(meaning["const"])
-    if "enum" in meaning:
-        *first, last = map(toml_literal, meaning["enum"])
-        return f"{', '.join(first)} or {last}" if first else str(last)
-    kind = meaning.get("type")
-    if kind == "array" and "prefixItems" in meaning:
-        return f"[lowest, highest], each {_choices(meaning['prefixItems'][0])}"
-    if kind == "array" and "type" in meaning.get("items", {}):
-        return f"a list; each of it {_choices(meaning['items'])}"
-    return f"{_KINDS.get(kind or '', '')}{_limits(meaning)}"
-
-
-def _limits(meaning: Json) -> str:
-    """Say in which limits a number is.
-
-    >>> _limits({"minimum": 1, "maximum": 20}), _limits({"exclusiveMinimum": 0}), _limits({})
-    (' from 1 to 20', ' above 0', '')
-    """
-    low, high = meaning.get("minimum"), meaning.get("maximum")
-    above, below = meaning.get("exclusiveMinimum"), meaning.get("exclusiveMaximum")
-    parts = [
-        "" if low is None else f"from {toml_literal(low)}",
-        "" if above is None else f"above {toml_literal(above)}",
-        "" if high is None else f"to {toml_literal(high)}",
-        "" if below is None else f"below {toml_literal(below)}",
-    ]
-    text = " ".join(part for part in parts if part)
-    return f" {text}" if text else ""

@@ -60,7 +60,7 @@ NEAR = [
     ('Say "yes", please!', "say yes please"),
     ("caf\u00e9 \u2014 open", "CAF\u00c9 open"),
 ]
-FAR = [("3 - 1 is", "3 + 1 is"), ("3*1", "3/1"), ("1.5 kg", "15 kg"), ("no", "on")]
+FAR = [("3 - 1 is", "3 + 1 is"), ("is 3*1", "is 3/1"), ("1.5 kg", "15 kg"), ("say no", "say on")]
 
 
 @pytest.mark.parametrize(("one", "other"), NEAR)
@@ -68,18 +68,19 @@ def test_case_punctuation_and_white_space_make_no_other_row(
     tmp_path: Path, one: str, other: str
 ) -> None:
     rows = [f"row {i}" for i in range(40)]
-    _, seen = measured(tmp_path, [*rows, one], held_out=[*[f"held {i}" for i in range(30)], other])
-    assert seen.num_leaked_selection + seen.num_leaked_confirmation == 1
+    data, _ = measured(tmp_path, [*rows, one], held_out=[*[f"held {i}" for i in range(30)], other])
+    assert len(data.train) == len(rows)
+    assert any("1 rows of" in note and "not trained on" in note for note in data.notes)
 
 
 @pytest.mark.parametrize(("one", "other"), FAR)
 def test_other_words_numbers_and_operators_do(tmp_path: Path, one: str, other: str) -> None:
     rows = [f"row {i}" for i in range(40)]
-    _, seen = measured(tmp_path, [*rows, one], held_out=[*[f"held {i}" for i in range(30)], other])
-    assert (seen.num_leaked_selection, seen.num_leaked_confirmation) == (0, 0)
+    data, _ = measured(tmp_path, [*rows, one], held_out=[*[f"held {i}" for i in range(30)], other])
+    assert len(data.train) == len(rows) + 1
 
 
-def test_rows_that_look_alike_are_counted_where_they_ended_up(tmp_path: Path) -> None:
+def test_rows_that_look_alike_are_in_one_split_and_counted(tmp_path: Path) -> None:
     texts = [f"row {i // 2}{'!' * (i % 2)}" for i in range(400)]
     data, seen = measured(tmp_path, texts)
     places: dict[int, list[str]] = {}
@@ -90,13 +91,9 @@ def test_rows_that_look_alike_are_counted_where_they_ended_up(tmp_path: Path) ->
         [encoded] = encoder.encode([PlainText(text=text)])
         assert isinstance(encoded, EncodedRow)
         places.setdefault(i // 2, []).append(order[encoded.row.input_ids])
-    pairs = [sorted(found) for found in places.values()]
-    assert seen.num_alike == pairs.count(["train", "train"])
-    assert seen.num_leaked_selection == pairs.count(["selection", "train"])
-    assert seen.num_leaked_confirmation == pairs.count(["confirmation", "train"]) + pairs.count(
-        ["confirmation", "selection"]
-    )
-    assert seen.num_leaked_selection > 0
+    assert all(len(set(found)) == 1 for found in places.values())
+    assert seen.num_alike == [*places.values()].count(["train", "train"]) == 160
+    assert any("200 rows look like another one" in note for note in data.notes)
 
 
 def test_roles_tell_conversations_apart(tmp_path: Path) -> None:
@@ -111,4 +108,5 @@ def test_roles_tell_conversations_apart(tmp_path: Path) -> None:
     encoder = MeasuredEncoder(TextEncoder(data))
     prepared = prepare_with(encoder, data, tokenizer=None, seed=0, base_dir=tmp_path)
     seen = encoder.statistics(prepared, max_length=data.max_length)
-    assert seen.num_alike + seen.num_leaked_selection + seen.num_leaked_confirmation == 0
+    assert seen.num_alike == 0
+    assert not [note for note in prepared.notes if "look like" in note]

@@ -4,17 +4,26 @@ import random
 
 import pytest
 
-from lora_tune.data.splits import KeyedRow, default_split_rows, split_rows, split_with_eval
+from lora_tune.data.likeness import Likeness
+from lora_tune.data.splits import (
+    KeyedRow,
+    default_split_rows,
+    split_rows,
+    split_with_eval,
+    token_key,
+)
 from lora_tune.errors import DataError
 from lora_tune.records import TokenizedRow
 
 
-def make_rows(numbers):
+def make_rows(numbers, prompt=lambda number: number, whole=lambda number: number):
     rows = {}
     for number in numbers:
         ids = (number, number + 1)
         key = random.Random(number).randbytes(16)
-        rows[ids] = KeyedRow(key, TokenizedRow(input_ids=ids, labels=ids))
+        alike = Likeness(b"%d" % whole(number), b"%d" % prompt(number))
+        row = TokenizedRow(input_ids=ids, labels=ids)
+        rows[token_key(row)] = KeyedRow(key, row, alike)
     return rows
 
 
