@@ -7,9 +7,11 @@ Anything that is not a ``LoraTuneError`` is a bug and keeps its traceback (exit 
     |-- DataError            3  rows: missing file, unknown format, no label token, too few rows
     |-- TargetModulesError   3  a target-module set that the model does not have
     |-- StoreError           4  the study folder is unreadable, damaged or owned by another process
+    |-- DatabaseAwayError   75  the database server was away for too long; the same command goes on
     |-- InfeasibleError      5  no configuration fits the memory
     |-- AllTrialsFailedError 6  nothing to recommend
     |-- MachineError     7  the machine lacks what the study needs: a GPU that torch can use
+    |   `-- DiskFullError       there is no room on disk; the same command goes on when there is
     `-- ModelError           8  the base model cannot be found, read or used
         `-- UncoveredModelError   its memory has no closed form: the trace must count it
 
@@ -50,6 +52,12 @@ class StoreError(LoraTuneError, OSError):
     exit_code = 4
 
 
+class DatabaseAwayError(LoraTuneError, ConnectionError):
+    """The database server was away for longer than a study waits; nothing is lost."""
+
+    exit_code = 75  # as after SIGTERM: the same command goes on
+
+
 class InfeasibleError(LoraTuneError, ValueError):
     """Not even the smallest configuration of the space fits the memory budget."""
 
@@ -66,6 +74,10 @@ class MachineError(LoraTuneError, RuntimeError):
     """The machine lacks something that the study needs."""
 
     exit_code = 7
+
+
+class DiskFullError(MachineError):
+    """What was to be written did not fit on the disk, or would not have."""
 
 
 class ModelError(LoraTuneError, RuntimeError):

@@ -19,6 +19,7 @@ from lora_tune.catalog.models import (
 )
 from lora_tune.errors import ModelError
 
+_LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file; safetensors' own limit
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab.*"]
 
 
@@ -263,6 +264,7 @@ def _local(base: str, path: Path) -> ModelFiles:
             f'model.base "{base}" has no *.safetensors in {path}. Pickled weights are not loaded; '
             "convert them with save_pretrained of transformers."
         )
+    _check_folder(base, path)
     return ModelFiles(base, path, None, None, None, None)
 
 
@@ -303,7 +305,61 @@ def _snapshot(base: str, revision: str | None) -> ModelFiles:
         raise ModelError(
             f'model.base "{base}" publishes no safetensors; pickled weights are not loaded.'
         )
+    _check_folder(base, folder)
     return ModelFiles(base, folder, None, base, folder.name, _license_of(base))
+
+
+def _check_folder(base: str, folder: Path) -> None:
+    """Refuse what transformers would load as something else, and files that are cut or no safetensors."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f'model.base "{base}" holds an adapter beside a base model (adapter_config.json in {folder}), '
+            "and transformers would load both. Give a folder with a base alone, or with both merged."
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        if not _is_safetensors(path):
+            raise ModelError(
+                f'model.base "{base}": {path} is damaged, or no safetensors file. Download or copy it again.'
+            )
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether the header of a file is one of safetensors, and the file as long as it says.
+
+    Eight bytes, the header's length N; N bytes of JSON; the tensors, whose offsets count from there.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _LONGEST_HEADER:
+                return False
+            header = json.loads(stream.read(length))
+            ends = [
+                value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"
+            ]
+            return path.stat().st_size == 8 + length + max(ends, default=0)
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return False
+
+
+def unusable_model(what: str, error: Exception) -> ModelError:
+    """Return what to say of a model that transformers refused: in particular that it brings code of its own.
+
+    Code that comes with a model is never run. Nothing would be won by a flag that allows it: the packed
+    layers, the memory estimate and the exports know the classes of transformers.
+
+    Args:
+        what: How the user named it, ``model.base "x"``.
+        error: What transformers raised.
+    """
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{what} needs code that comes with it (auto_map in its config.json or tokenizer_config.json), "
+            "which is never run here: the installed transformers has no class for it. Take another model, or "
+            "a version of transformers that has one."
+        )
+    return ModelError(f"{what}: {text}")
 
 
 def _license_of(hub_id: str) -> str | None:

@@ -72,8 +72,9 @@ _SHOWN = (
     re.compile(
         r"()(\b(?:bearer|authorization\W{1,4}(?:basic|token))\s+)([A-Za-z0-9._~+/-]{16,}=*)", re.I
     ),
-    re.compile(r"(://)([^\s/:@\"'<>\\]*:)([^\s/\"'<>\\]+)(?=@)"),
-    re.compile(r"(://)()((?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,})(?=@)"),
+    # An address that went through a Path has one slash.
+    re.compile(r"(://?)([^\s/:@\"'<>\\]*:)([^\s/\"'<>\\]+)(?=@)"),
+    re.compile(r"(://?)()((?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,})(?=@)"),
 )
 
 _WORDS = re.compile(r"[A-Za-z_.:/|-]+")

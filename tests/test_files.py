@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from lora_tune.files import MANIFEST, is_complete, publish_folder, sha256_of, write_text
+from lora_tune.files import (
+    MANIFEST,
+    drop_from,
+    is_complete,
+    links_below,
+    make_folder,
+    publish_folder,
+    published_digests,
+    sha256_of,
+    size_below,
+    write_text,
+)
 
 
 class Gone(BaseException):
@@ -175,3 +186,69 @@ def test_a_manifest_with_a_flipped_bit_never_raises(published: Path) -> None:
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
         is_complete(published)
+
+
+def test_a_file_that_is_dropped_leaves_the_folder_complete(published: Path) -> None:
+    digests = published_digests(published)
+    assert digests is not None
+    drop_from(published, "adapter.bin")
+    assert is_complete(published)
+    assert published_digests(published) == {"sub/empty": digests["sub/empty"]}
+    assert not (published / "adapter.bin").exists()
+    before = (published / MANIFEST).stat()
+    drop_from(published, "adapter.bin")
+    drop_from(published, "nothing")
+    assert (published / MANIFEST).stat().st_ino == before.st_ino
+
+
+def test_a_file_whose_dropping_was_cut_short_is_dropped_by_the_next(published: Path) -> None:
+    kept = (published / "adapter.bin").read_bytes()
+    drop_from(published, "adapter.bin")
+    (published / "adapter.bin").write_bytes(kept)  # killed before it was removed
+    assert is_complete(published)
+    drop_from(published, "adapter.bin")
+    assert not (published / "adapter.bin").exists()
+
+
+def test_nothing_is_dropped_from_a_folder_whose_manifest_cannot_be_read(published: Path) -> None:
+    (published / MANIFEST).write_text("{")
+    drop_from(published, "adapter.bin")
+    drop_from(published / "missing", "adapter.bin")
+    assert (published / "adapter.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 255, "ä" * 127 + "x", "a b\n'c\"* <&>", "\udcff", ".hidden"]
+)
+def test_a_name_as_long_or_strange_as_names_get_is_written_and_replaced(
+    tmp_path: Path, name: str
+) -> None:
+    for content_of_it in ("1", "2"):
+        write_text(tmp_path / name, content_of_it)
+    assert (tmp_path / name).read_text() == "2"
+    (tmp_path / name).unlink()
+    publish(tmp_path / name, old="1")
+    publish(tmp_path / name, new="2")
+    assert content(tmp_path / name) == {"new": "2"}
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_a_folder_is_made_with_those_above_it_and_may_be_there(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")
+
+
+def test_the_size_of_a_folder_is_that_of_its_own_files(tmp_path: Path) -> None:
+    (tmp_path / "study" / "trials").mkdir(parents=True)
+    (tmp_path / "study" / "a").write_bytes(bytes(100))
+    (tmp_path / "study" / "trials" / "b").write_bytes(bytes(23))
+    (tmp_path / "large").write_bytes(bytes(10_000))
+    (tmp_path / "study" / "link").symlink_to(tmp_path / "large")
+    (tmp_path / "study" / "up").symlink_to(tmp_path)
+    assert size_below(tmp_path / "study") == 123
+    assert size_below(tmp_path / "nothing") == 0
+    assert links_below(tmp_path / "study") == [tmp_path / "study/link", tmp_path / "study/up"]
