@@ -27,6 +27,14 @@ LINE_SEARCH = "line search"
 MODELS = ("tpe", "gp")
 
 
+def proposal_window(lanes: int) -> int:
+    """Return the window of a study: trial n is proposed from the results of trials 0 to n - window.
+
+    It is half as many again as there are lanes, of all workers: one that ends early leaves no slot idle.
+    """
+    return lanes + max(1, lanes // 2)
+
+
 class Proposer:
     """Asks an Optuna study for configurations and tells it what became of them."""
 
@@ -79,9 +87,7 @@ class Proposer:
         trials = self.study.get_trials(deepcopy=False)
         if number == len(trials):
             origin, params = self._choose(number, trials, step_only=step_only)
-            self.study.enqueue_trial(
-                self.space.as_optuna(params), user_attrs={**describe(params), "origin": origin}
-            )
+            self._enqueue(params, origin)
             trial = self.study.ask()
         elif trials[number].state is optuna.trial.TrialState.RUNNING:
             trial = optuna.Trial(self.study, trials[number]._trial_id)
@@ -90,6 +96,22 @@ class Proposer:
         assert trial.number == number, f"proposed {trial.number} for {number}"
         self._open[number] = trial
         return self.space.suggest(trial)
+
+    def adopt(self, number: int, params: SuggestedParams, *, origin: str) -> None:
+        """Put a proposal that is on record into a study that has lost it, as the next trial.
+
+        Raises:
+            ValueError: The space does not have it.
+        """
+        self._enqueue(params, origin)
+        trial = self.study.ask()
+        assert trial.number == number, f"adopted {number} as {trial.number}"
+        self.space.suggest(trial)
+
+    def _enqueue(self, params: SuggestedParams, origin: str) -> None:
+        self.study.enqueue_trial(
+            self.space.as_optuna(params), user_attrs={**describe(params), "origin": origin}
+        )
 
     def is_told(self, number: int) -> bool:
         """Return whether Optuna already knows the outcome of this trial."""

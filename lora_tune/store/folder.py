@@ -14,20 +14,18 @@ reports/<study>/
   adapter/           the winner
 """
 
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
-from lora_tune.errors import StoreError
-from lora_tune.files import write_text
+from lora_tune.errors import LoraTuneError, StoreError
+from lora_tune.files import links_below, naming_full_disk, write_text
 from lora_tune.records import (
     NO_READINGS,
     Behaviour,
@@ -38,18 +36,25 @@ from lora_tune.records import (
     TrialRecord,
 )
 from lora_tune.redaction import redact, redact_values
+from lora_tune.stats.plausibility import implausible_in
+from lora_tune.store.leftovers import leftovers_below
+from lora_tune.store.owner import OWNER_FILE, held
 
 STUDY_FILE = "study.toml"
 LOCK_FILE = "study.lock.json"
 DATABASE = "study.db"
-OWNER_FILE = "owner.lock"
+TRIAL_FILE = "trial.json"
 CONFIRMATION_FILE = "confirmation.json"
 RUNS_FOLDER = "confirmation"
+LOG_FOLDER = "log"  # of workers that died
 RUNTIME_FILE = "runtime.json"
 MEMORY_FILE = "memory.json"
 BEHAVIOUR_FILE = "behaviour.json"
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FILE = "adapter_model.safetensors"  # peft's name, which cannot be imported here
+TRACKER_FOLDERS = ("wandb", "tensorboard", "mlruns")  # what trackers put there is theirs
+# Of the whole folder, in study.lock.json. Raised when an older lora-tune would misread what a newer wrote.
+FORMAT = 1
 
 T = TypeVar("T")
 
@@ -64,37 +69,62 @@ class StudyFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._closing = ExitStack()
 
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Hold the study for this process, or say who does.
 
         Raises:
-            StoreError: Another process runs this study, or the folder cannot be written.
+            DiskFullError: There is no room to say who holds it.
+            StoreError: Another process runs this study, the folder cannot be written, or a link in it
+                leads out of it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / OWNER_FILE).open("a+", encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be written ({error.strerror})") from error
-        with stream:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.seek(0)
-                owner = stream.read().strip() or "unknown"
-                raise StoreError(
-                    f"{self.path}: this study is being run by another process ({owner}). "
-                    "Wait for it, or stop it and run the same command again."
-                ) from None
-            stream.truncate(0)
-            stream.write(f"pid {os.getpid()} on {socket.gethostname()}")
-            stream.flush()
-            try:
-                yield
-            finally:
-                stream.truncate(0)
-                self._remove_if_unused()
+                with naming_full_disk(self.path / OWNER_FILE):
+                    stack.enter_context(held(self.path))
+            except LoraTuneError:
+                raise
+            except OSError as error:
+                raise StoreError(f"{self.path}: cannot be written ({error.strerror})") from error
+            stack.callback(self._remove_if_unused)
+            stack.callback(self._release)
+            self.check_links()
+            yield
+
+    def on_release(self, close: Callable[[], None]) -> None:
+        """Have something closed when this process gives the study back."""
+        self._closing.callback(close)
+
+    def _release(self) -> None:
+        self._closing.close()
+
+    def check_links(self) -> None:
+        """Refuse a folder through whose links something would be written elsewhere."""
+        for link in self.links_out():
+            raise StoreError(
+                f"{link}: is a link that leads out of the study's folder, and nothing is written through "
+                "such links. Put the files themselves there, or delete the link."
+            )
+
+    def links_out(self) -> list[Path]:
+        """Return the symbolic links of the folder that lead out of it, those of trackers left out."""
+        inside = self.path.resolve()
+        return [
+            link
+            for link in links_below(self.path)
+            if link.relative_to(self.path).parts[0] not in TRACKER_FOLDERS
+            and not link.resolve().is_relative_to(inside)
+        ]
+
+    def tidy(self) -> tuple[str, ...]:
+        """Remove what killed writers left, and bring back what one had put aside; for the owner alone.
+
+        Returns:
+            Sentences on what was brought back.
+        """
+        return tuple(filter(None, [left.clear() for left in leftovers_below(self.path)]))
 
     def _remove_if_unused(self) -> None:
         """Leave no folder behind when the study failed before it wrote anything."""
@@ -112,26 +142,33 @@ class StudyFolder:
 
     def save_lock(self, lock: StudyLock) -> None:
         """Write study.lock.json."""
-        write_text(self.path / LOCK_FILE, _dump(lock))
+        write_text(self.path / LOCK_FILE, _dump(lock, format=FORMAT))
 
     def load_lock(self) -> StudyLock | None:
-        """Return what the first start resolved, None before it did."""
+        """Return what the first start resolved, None before it did.
+
+        Raises:
+            StoreError: The file is damaged, or of a newer version.
+        """
         path = self.path / LOCK_FILE
-        return _load(path, StudyLock) if path.exists() else None
+        if not path.exists():
+            return None
+        _check_format(path)
+        return _load(path, StudyLock)
 
     def save_trial(self, record: TrialRecord) -> None:
         """Make a trial's record durable."""
         folder = self.trial_folder(record.number)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "trial.json", _dump(record))
+        write_text(folder / TRIAL_FILE, _dump(record))
 
     def load_trial(self, number: int) -> TrialRecord:
         """Return one trial's record."""
-        return _load(self.trial_folder(number) / "trial.json", TrialRecord)
+        return _load(self.trial_folder(number) / TRIAL_FILE, TrialRecord)
 
     def load_trials(self) -> list[TrialRecord]:
         """Return all trial records, by number."""
-        paths = (self.path / "trials").glob("*/trial.json")
+        paths = (self.path / "trials").glob(f"*/{TRIAL_FILE}")
         records = [_load(path, TrialRecord) for path in paths if path.parent.name.isdigit()]
         return sorted(records, key=lambda record: record.number)
 
@@ -214,24 +251,55 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
     return _ADAPTERS[kind]
 
 
-def _dump(value: object) -> str:
-    """Return a record as JSON; texts in it that look like credentials are replaced by ``***``."""
-    text = _adapter(type(value)).dump_json(value, indent=1).decode()
+def _dump(value: object, **first: int) -> str:
+    """Return a record as JSON; texts in it that look like credentials are replaced by ``***``.
+
+    A number that is not finite (a gradient that overflowed in float16) is written as text: JSON has none,
+    and null would not be read back as a number.
+
+    Args:
+        value: The record.
+        first: Keys that come before the record's own.
+    """
+    text = to_json(value, indent=1, inf_nan_mode="strings").decode()
     plain = json.loads(text)
-    redacted = redact_values(plain)
+    redacted = redact_values({**first, **plain})
     if redacted != plain:
         text = json.dumps(redacted, indent=1, ensure_ascii=False)
     return text + "\n"
 
 
+def _check_format(path: Path) -> None:
+    """Refuse a folder that a newer version wrote, before anything of it is misread."""
+    try:
+        found = json.loads(path.read_bytes()).get("format", FORMAT)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # damaged: the one who reads it says so
+    if isinstance(found, int) and found > FORMAT:
+        raise StoreError(
+            f"{path}: written by a newer lora-tune (format {found}; this one knows format {FORMAT}). "
+            "Upgrade lora-tune to go on with this study or to read it."
+        )
+
+
 def _load(path: Path, kind: type[T]) -> T:
     try:
         record: T = _adapter(kind).validate_json(path.read_bytes())
-        return record
     except (OSError, ValidationError) as error:
         raise StoreError(
-            f"{path}: cannot be read as a study record ({_short(error)}). Restore the file."
+            f"{path}: cannot be read as a study record ({_short(error)}). {_way_out(path)}"
         ) from error
+    problem = implausible_in(record) if isinstance(record, TrialRecord | Confirmation) else ""
+    if problem:
+        raise StoreError(f"{path}: holds what cannot be a result ({problem}). {_way_out(path)}")
+    return record
+
+
+def _way_out(path: Path) -> str:
+    if path.name != TRIAL_FILE:
+        return "Restore the file."
+    study = path.parents[2]
+    return f"Restore the file, or make it again: lora-tune doctor {study} --rebuild"
 
 
 def _short(error: OSError | ValidationError) -> str:
