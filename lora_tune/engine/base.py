@@ -16,7 +16,8 @@ from lora_tune.engine.attention import attend_as_loaded, attend_by_rows
 from lora_tune.engine.batches import Batch, as_arrays, collate
 from lora_tune.engine.lora import PackedLinear, PackLayout
 from lora_tune.engine.loss import label_losses
-from lora_tune.errors import ModelError
+from lora_tune.engine.memory_errors import is_out_of_memory
+from lora_tune.errors import MachineError, ModelError
 from lora_tune.records import LinearShape, TokenizedRow
 
 # Relative distance of hidden states that rounding in another order explains.
@@ -130,6 +131,7 @@ def load_base_model(
 
     Raises:
         ModelError: The files cannot be loaded, or the model's head is more than a linear layer.
+        MachineError: There is not memory enough for the model alone.
     """
     dtype = DTYPES[compute_dtype]
     try:
@@ -142,7 +144,11 @@ def load_base_model(
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MachineError(_does_not_fit(folder, device, quantization)) from error
+        if not isinstance(error, (OSError, ValueError, KeyError)):
+            raise
         raise ModelError(f"{folder}: the base model cannot be loaded ({error})") from error
     base = BaseModel(model, compute_dtype=dtype)
     if check_rows:
@@ -152,6 +158,17 @@ def load_base_model(
             base.flat = False
         _check_head(base, by_length[0])
     return base
+
+
+def _does_not_fit(folder: Path, device: str, quantization: str) -> str:
+    whose, larger = "this machine's", "a machine with more"
+    if device.startswith("cuda"):
+        whose, larger = "the GPU's", "a larger GPU"
+    smaller = ', or set model.quantization = "nf4"' if quantization == "none" else ""
+    return (
+        f"{folder}: {whose} memory ran out while the base model was loaded. Free what other processes hold, "
+        f"or take {larger}{smaller}."
+    )
 
 
 def quantization_config(

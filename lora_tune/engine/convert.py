@@ -44,9 +44,11 @@ def _convert(gguf: Path, target: Path) -> None:
         # transformers draws a progress bar here that no setting of its own switches off
         with redirect_stderr(io.StringIO()):
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{gguf}: cannot be read as a GGUF model ({error})") from error
     # A model loaded from GGUF counts as quantized and refuses to be saved: its tensors go into

@@ -1,7 +1,13 @@
-"""One lane: a trial's adapter, its AdamW state and where it is in its segment."""
+"""One lane: a trial's adapter, its AdamW state and where it is in its segment.
 
-from collections.abc import Mapping
+A batch may be easy or hard, so a loss alone says little about a lane. One whose losses are far above what the
+untuned model is known to lose is in doubt, and has diverged when it also loses far more than the untuned
+model on the very rows of these steps. Whoever trains the lane asks for the doubted steps and answers them.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -15,7 +21,8 @@ from lora_tune.stats.smoothing import RunningLoss
 
 STATE_FILE = "lane_state.safetensors"
 
-# A lane has diverged after this many steps in a row above its first loss plus this margin (nats).
+# A lane has diverged after this many steps in a row, each on its own rows above the untuned model's loss
+# plus this margin (nats).
 DIVERGED_STEPS = 3
 DIVERGED_MARGIN = 0.5
 # In float16 a step whose gradient overflows is left out and the loss scale is halved; a lane has diverged
@@ -38,13 +45,16 @@ class Lane:
     points: list[Point] = field(default_factory=list)
     held: dict[str, Tensor] | None = None  # the state at ``job.hold_step``, for the next rung
     parked: dict[str, Tensor] | None = None
-    steps_above: int = 0
+    steps_above: int = 0  # steps in a row far above the untuned model
+    # the untuned model's losses on the rows of steps, by step, where they had to be asked for
+    base_losses: dict[int, float] = field(default_factory=dict)
     skipped: int = 0  # steps in a row that float16 left out
     num_tokens: int = 0  # of the points noted
     wall_s: float = 0.0
     pack_lanes: int = 1
     smoothed: RunningLoss = field(default_factory=RunningLoss)
     over_limit: str = ""  # how the loss exceeded a limit of the job's
+    saved_step: int | None = None  # that the state on disk is of
 
     @property
     def finished(self) -> bool:
@@ -53,9 +63,23 @@ class Lane:
 
     @property
     def first_loss(self) -> float:
-        """Loss at the trial's first step, before it learned; a later segment begins below it."""
+        """Loss at the trial's first step: the untuned model's on that step's rows."""
         known = self.job.first_loss
         return self.points[0].train_loss if known is None else known
+
+    @property
+    def base_loss(self) -> float:
+        """Loss of the untuned model, as far as it is known: the mean over the batches that it was seen on."""
+        known = [self.first_loss, *self.base_losses.values()]
+        return sum(known) / len(known)
+
+    @property
+    def doubted_steps(self) -> tuple[int, ...]:
+        """Steps for which ``compare_with_base`` has to be told the untuned model's loss."""
+        if self.steps_above < DIVERGED_STEPS:
+            return ()
+        last = self.points[-DIVERGED_STEPS:]
+        return tuple(point.step for point in last if point.step not in self.base_losses)
 
     @property
     def next_learning_rate(self) -> float:
@@ -71,18 +95,37 @@ class Lane:
         )
 
     def note_point(self, point: Point) -> None:
-        """Record a step's reading and count the steps above the first loss; nothing after divergence."""
+        """Record a step's reading and keep the state of the hold step; nothing after divergence."""
         if self.divergence:
             return
+        self._count(point)
+        if point.step == self.job.hold_step and self.job.keep_state:
+            self.held = self.state()
+
+    def replay(self, points: Iterable[Point], base_losses: Mapping[int, float]) -> None:
+        """Count readings of a lane that is gone as it did, asking ``base_losses`` where it was in doubt."""
+        for point in points:
+            self._count(point)
+            if steps := self.doubted_steps:
+                self.compare_with_base({step: base_losses[step] for step in steps})
+
+    def compare_with_base(self, losses: Mapping[int, float]) -> None:
+        """Settle a doubt: ``losses`` are the untuned model's on the rows of the doubted steps."""
+        self.base_losses.update(losses)
+        above = (
+            point.train_loss > self.base_losses[point.step] + DIVERGED_MARGIN
+            for point in self.points[: -DIVERGED_STEPS - 1 : -1]
+        )
+        self.steps_above = sum(takewhile(bool, above))
+
+    def _count(self, point: Point) -> None:
         self.points.append(point)
         self.num_tokens += point.num_tokens
         self.step = max(self.step, point.step)
         self._compare_with_limits(point)
-        above = point.train_loss > self.first_loss + DIVERGED_MARGIN
+        above = point.train_loss > self.base_loss + DIVERGED_MARGIN
         self.steps_above = self.steps_above + 1 if above else 0
         self.skipped = 0 if _is_finite(point.grad_norm) else self.skipped + 1
-        if point.step == self.job.hold_step:
-            self.held = self.state()
 
     def _compare_with_limits(self, point: Point) -> None:
         loss = self.smoothed.add(point.step, point.train_loss)
@@ -99,17 +142,22 @@ class Lane:
         if not self.points:
             return ""
         last = self.points[-1]
-        most_skipped = MOST_SKIPPED_STEPS if self.scaler is not None else 0
+        most_skipped = MOST_SKIPPED_STEPS if self._scales_loss else 0
         if not _is_finite(last.train_loss) or self.skipped > most_skipped:
             return f"loss {last.train_loss} at step {last.step}, gradient norm {last.grad_norm}"
         if self.over_limit:
             return self.over_limit
-        if self.steps_above >= DIVERGED_STEPS:
+        if self.steps_above >= DIVERGED_STEPS and not self.doubted_steps:
             return (
-                f"loss {last.train_loss:.2f} at step {last.step}, more than {DIVERGED_MARGIN} above the "
-                f"first ({self.first_loss:.2f}) for {DIVERGED_STEPS} steps"
+                f"loss {last.train_loss:.2f} at step {last.step}, for {DIVERGED_STEPS} steps more than "
+                f"{DIVERGED_MARGIN} above the untuned model on the same rows "
+                f"({self.base_losses[last.step]:.2f})"
             )
         return ""
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.scaler is not None or "scale" in (self.parked or {})
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that are alive because of this lane, on the device and on the host."""
@@ -130,16 +178,24 @@ class Lane:
         """
         if self.parked is not None:
             return self.parked
+        return {name: _to_host(tensor) for name, tensor in self._state_now().items()}
+
+    def _state_now(self) -> dict[str, Tensor]:
         assert self.adapter is not None
         assert self.optimizer is not None
         moments = self.optimizer.state[self.adapter.flat]
-        found = {"step": torch.tensor(self.step), "adapter": _to_host(self.adapter.flat)}
-        found |= {f"optimizer.{key}": _to_host(value) for key, value in moments.items()}
+        found = {"step": torch.tensor(self.step), "adapter": self.adapter.flat}
+        found |= {f"optimizer.{key}": value for key, value in moments.items()}
         if self.scaler is not None:
             scale = self.scaler.state_dict()
             found["scale"] = torch.tensor(scale["scale"])
             found["scale.growth"] = torch.tensor(scale["_growth_tracker"])
         return found
+
+    def accepts(self, state: Mapping[str, Tensor]) -> bool:
+        """Return whether a lane of this configuration has left ``state``: the same names and shapes."""
+        found = {name: tensor.shape for name, tensor in state.items()}
+        return found == {name: tensor.shape for name, tensor in self._state_now().items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from ``state``: same numbers as if the lane had never stopped."""

@@ -12,10 +12,12 @@ that share products share their NaNs too, so from the first reading that is not 
 optimizer step of the pack takes effect (AdamW's ``found_inf``). When that is read, the lanes are put back
 to that step and take it again, each with products of its own: the lane that failed is then told from its
 neighbours, and these go on as if it had never been there.
+
+A lane whose readings put it in doubt is compared at once with the bare base on the rows of those steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from lora_tune.engine.adapter_files import load_adapter
 from lora_tune.engine.base import BaseModel
 from lora_tune.engine.batches import Batch, RowArrays, as_arrays, collate, rows_of_step
 from lora_tune.engine.lane import Lane, load_state, new_adamw
+from lora_tune.engine.lane_files import job_key, load_lane, save_lane
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.loss import label_losses
 from lora_tune.errors import StoreError
@@ -99,9 +102,17 @@ class TrialPack:
         self._arrays = lru_cache(maxsize=_KEPT_ROWS)(lambda number: as_arrays(train[number]))
 
     def new_lane(self, job: LaneJob) -> Lane:
-        """Return a lane at ``job.start_step``: fresh, restored from its folder, or the bare base."""
+        """Return a lane where the job's saved state is, else at ``job.start_step``, or the bare base.
+
+        At its start a lane is fresh, or restored from its start folder.
+
+        Raises:
+            StoreError: The start folder is needed and damaged.
+        """
         if job.config is None:
             return Lane(job=job, adapter=None, optimizer=None, step=job.end_step)
+        if (lane := self._resumed(job)) is not None:
+            return lane
         if job.start_folder is not None and not is_complete(job.start_folder):
             raise StoreError(
                 f"{job.start_folder}: missing or damaged (its files do not match manifest.json). "
@@ -115,11 +126,35 @@ class TrialPack:
         if job.start_folder is not None:
             lane.parked = load_state(job.start_folder)
             self.unpark(lane)
-            if lane.step == job.hold_step:  # short rungs may hold where the one before did
+            # short rungs may hold where the one before did
+            if lane.step == job.hold_step and job.keep_state:
                 lane.held = lane.state()
         else:
             adapter = LaneAdapter.initialize(job.config, base.linears, base.device)
             self._equip(lane, adapter)
+        return lane
+
+    def save_lane(self, lane: Lane) -> None:
+        """Publish where a lane is into its job's state folder, between two steps and after ``read``."""
+        assert lane.job.state_folder is not None
+        save_lane(lane, lane.job.state_folder, key=self._key_of(lane.job))
+        lane.saved_step = lane.step
+
+    def _key_of(self, job: LaneJob) -> str:
+        return job_key(job, asdict(self.settings) | {"dtype": str(self.base.compute_dtype)})
+
+    def _resumed(self, job: LaneJob) -> Lane | None:
+        """Return a lane that goes on from its job's saved state; None if there is none that it can use."""
+        lane = load_lane(job, key=self._key_of(job))
+        if lane is None or job.config is None or lane.parked is None:
+            return None
+        state, lane.parked = lane.parked, None
+        adapter = LaneAdapter(job.config, self.base.linears, self.base.device, trained=True)
+        self._equip(lane, adapter)
+        if not lane.accepts(state):
+            return None
+        lane.restore(state)
+        lane.saved_step = lane.step
         return lane
 
     def unpark(self, lane: Lane) -> None:
@@ -150,18 +185,34 @@ class TrialPack:
 
     def read(self) -> None:
         """Put the losses and norms of the steps since the last reading into the lanes' points."""
-        unread, self._unread = self._unread, []
-        if not unread:
+        if not self._unread:
             return
-        values = iter(torch.cat([step.readings for step in unread], 1).T.tolist())
-        for number, step in enumerate(unread):
+        values = iter(torch.cat([step.readings for step in self._unread], 1).T.tolist())
+        while self._unread:
+            step = self._unread[0]
             readings = [next(values) for _ in step.lanes]
             finite = bool(np.isfinite(readings).all())
             if not finite and not step.apart and len(step.lanes) > 1:
-                self._put_back(unread[number:])
+                self._put_back()
                 return
+            del self._unread[0]
             _note(step, readings)
+            for lane in step.lanes:
+                self.settle_doubt(lane)
         self._apart = False
+
+    def settle_doubt(self, lane: Lane) -> None:
+        """Compare a lane in doubt with the untuned model."""
+        if steps := lane.doubted_steps:
+            lane.compare_with_base({step: self.base_loss(lane, step) for step in steps})
+
+    def base_loss(self, lane: Lane, step: int) -> float:
+        """Return the untuned model's loss on the rows of a lane's step, nats per target token."""
+        largest = self.largest_pass  # of training
+        rows = [self.train[number] for number in self._rows_of(lane, step)]
+        [found] = self.evaluate([None], rows, split="train")
+        self.largest_pass = largest
+        return found.mean_loss
 
     @property
     def _isolated(self) -> bool:
@@ -171,9 +222,10 @@ class TrialPack:
         """
         return self.settings.group_rank == 0 or self.base.compute_dtype is torch.float16
 
-    def _put_back(self, steps: Sequence[_Unread]) -> None:
-        """Put the lanes back to the first of ``steps``, none of which took effect; the next is apart."""
-        for step in reversed(steps):
+    def _put_back(self) -> None:
+        """Put the lanes back to the first unread step, none of which took effect; the next is apart."""
+        unread, self._unread = self._unread, []
+        for step in reversed(unread):
             for lane, number in zip(step.lanes, step.numbers, strict=True):
                 lane.step = number - 1
         self._halted.zero_()
@@ -310,17 +362,20 @@ class TrialPack:
 
     def _micro_batches(self, lane: Lane) -> list[list[RowArrays]]:
         """Return the lane's next effective batch, rows of similar length together."""
-        config = lane.job.config
-        assert config is not None
-        numbers = rows_of_step(
-            len(self.train),
-            step=lane.step + 1,
-            batch_size=self.settings.effective_batch_size,
-            data_seed=config.data_seed,
-        )
+        numbers = self._rows_of(lane, lane.step + 1)
         rows = sorted((self._arrays(i) for i in numbers), key=lambda row: -len(row.ids))
         size = self.settings.micro_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _rows_of(self, lane: Lane, step: int) -> list[int]:
+        config = lane.job.config
+        assert config is not None
+        return rows_of_step(
+            len(self.train),
+            step=step,
+            batch_size=self.settings.effective_batch_size,
+            data_seed=config.data_seed,
+        )
 
     def _pack_rows(self, lane_rows: Sequence[Sequence[RowArrays]], micro_step: int) -> Batch:
         """Put the lanes' rows under each other and tell the packed layers whose they are."""

@@ -93,6 +93,8 @@ class ReferenceTrial:
             dtype=dtype,
             quantization_config=quantization_config(quantization, dtype),
             device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         for module in base.modules():
             if isinstance(module, bnb.nn.Linear4bit):

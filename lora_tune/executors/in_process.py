@@ -8,11 +8,15 @@ that does not fit alone is infeasible. When lanes have left, what is allocated m
 A lane has a slot of the pack from joining to its end, also while it is parked: the spans of one slot do not
 overlap.
 
+Every ``checkpoint_every`` seconds of work, and when it is asked to, the executor saves where each lane is, in
+the lane's own folder. Whoever is given the same job again, in whatever process, goes on from there.
+
 Memory is read per stretch: the steps over which the pack's lanes do not change. The meter's peaks are
 forgotten when a stretch begins and read when it ends, before anything is evaluated.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +48,8 @@ from lora_tune.records import (
 )
 
 MAX_POINTS = 200  # readings kept of a segment; longer ones are thinned evenly
+# Work between two savings of the lanes is at least so many times what the last one took.
+LEAST_WORK_PER_SAVING = 20
 
 
 class InProcessExecutor:
@@ -60,6 +66,7 @@ class InProcessExecutor:
         on_step: Callable[[], None] = lambda: None,
         scorer: MetricScorer | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        checkpoint_every: float = math.inf,
     ) -> None:
         """Begin with nothing to do.
 
@@ -69,9 +76,11 @@ class InProcessExecutor:
             lanes: Most jobs at once; ``max_lanes`` may be lowered later.
             base_model: What a published adapter names as its base.
             meter: Reads the device of the pack.
-            on_step: Called after every optimizer step.
+            on_step: Called after every optimizer step. It may submit jobs, change ``max_lanes`` and raise:
+                the lanes are then between two steps, may be saved, and ``wait`` may be called again.
             scorer: Computes the metrics that jobs ask for; None when no job does.
             clock: Returns the seconds of the study so far, for the spans of the lanes.
+            checkpoint_every: Seconds of training and evaluation after which lanes are saved.
         """
         self.pack = pack
         self.splits = splits
@@ -81,8 +90,11 @@ class InProcessExecutor:
         self.on_step = on_step
         self.scorer = scorer
         self.clock = clock
+        self.checkpoint_every = checkpoint_every
         self.train_s = 0.0
         self.evaluation_s = 0.0
+        self.saving_s = 0.0
+        self._next_saving_s = checkpoint_every  # seconds of work
         self._ended_tokens = 0
         self._guard = MemoryGuard(meter)
         self._parked: list[Lane] = []  # they go on before any job begins
@@ -135,6 +147,32 @@ class InProcessExecutor:
         taken, self._pack_peaks = self._pack_peaks, []
         return taken
 
+    def save_states(self) -> None:
+        """Save every lane that has trained since its last saving and has a folder for that.
+
+        In the middle of a step, where only an exception can have left the executor, nothing is saved: what
+        was saved before still holds.
+        """
+        if self._stretch is not None and self._stretch.stepping:
+            return
+        begin = time.perf_counter()
+        self.pack.read()
+        for lane in self._lanes + self._parked:
+            if _is_worth_saving(lane):
+                self.pack.save_lane(lane)
+        elapsed = time.perf_counter() - begin
+        self.saving_s += elapsed
+        least_s = max(self.checkpoint_every, LEAST_WORK_PER_SAVING * elapsed)
+        self._next_saving_s = self._work_s + least_s
+
+    @property
+    def _work_s(self) -> float:
+        return self.train_s + self.evaluation_s
+
+    @property
+    def _is_saving_due(self) -> bool:
+        return self._work_s >= self._next_saving_s
+
     def wait(self) -> list[LaneOutcome]:
         """Train until at least one lane has ended."""
         while self.busy:
@@ -154,20 +192,16 @@ class InProcessExecutor:
 
     def _advance(self) -> list[LaneOutcome]:
         self._fill()
-        active = [lane for lane in self._lanes if not lane.finished]
-        if active:
-            self._begin_stretch(active)
-            begin = time.perf_counter()
-            self.pack.train_step(active)
-            elapsed = time.perf_counter() - begin
-            self.train_s += elapsed
-            for lane in active:
-                lane.wall_s += elapsed / len(active)
-            self._end_step(active)
-            self.on_step()
-        else:
+        if any(lane.finished or lane.divergence for lane in self._lanes):
+            # Told first: the lanes that come after them must not depend on where the executor was left.
+            self._end_stretch()
             self.meter.restart()  # what is only evaluated has no part in the peak before it
-        diverged = [lane for lane in active if lane.divergence]
+        elif self._lanes:
+            self._train_step(self._lanes)
+            if self._is_saving_due:
+                self.save_states()
+            self.on_step()
+        diverged = [lane for lane in self._lanes if lane.divergence]
         finished = [lane for lane in self._lanes if lane.finished and lane not in diverged]
         outcomes = [
             self._outcome(lane, TrialState.DIVERGED, reason=lane.divergence) for lane in diverged
@@ -175,6 +209,18 @@ class InProcessExecutor:
         outcomes += self._evaluate(finished)
         self._lanes = [lane for lane in self._lanes if lane not in diverged + finished]
         return [replace(outcome, span=self._leave(outcome.trial)) for outcome in outcomes]
+
+    def _train_step(self, lanes: Sequence[Lane]) -> None:
+        self._begin_stretch(lanes)
+        begin = time.perf_counter()
+        self.pack.train_step(lanes)
+        elapsed = time.perf_counter() - begin
+        self.train_s += elapsed
+        for lane in lanes:
+            lane.wall_s += elapsed / len(lanes)
+        if self._is_saving_due:
+            self.pack.read()  # now: a lane that turns out to have diverged ends the stretch
+        self._end_step(lanes)
 
     def _fill(self) -> None:
         while self._parked and len(self._lanes) < self.max_lanes:
@@ -184,7 +230,9 @@ class InProcessExecutor:
             lane = self.pack.new_lane(self._waiting[0])
             del self._waiting[0]
             self._lanes.append(lane)
-            if not lane.finished:  # what is only evaluated has no time of its own
+            if (
+                lane.job.start_step < lane.job.end_step
+            ):  # what is only evaluated has no time of its own
                 self._seats[lane.job.trial] = _Seat(self._free_slot(), self.clock())
 
     def _free_slot(self) -> int:
@@ -251,10 +299,12 @@ class InProcessExecutor:
             reason = f"evaluation loss {result.mean_loss} at step {lane.step}"
             return self._outcome(lane, TrialState.DIVERGED, reason=reason)
         if lane.job.result_folder is not None and lane.adapter is not None:
-            with publish_folder(lane.job.result_folder) as folder:
+            held = lane.held or {}
+            needed = sum(tensor.nbytes for tensor in (lane.adapter.flat, *held.values()))
+            with publish_folder(lane.job.result_folder, expected_bytes=needed) as folder:
                 save_adapter(lane.adapter, folder, base_model=self.base_model)
-                if lane.held is not None and lane.job.keep_state:
-                    save_state(lane.held, folder)
+                if held:
+                    save_state(held, folder)
         return self._outcome(lane, TrialState.COMPLETE, evaluation=result)
 
     def _outcome(
@@ -373,6 +423,13 @@ class InProcessExecutor:
         gc.collect()
         if self.pack.base.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _is_worth_saving(lane: Lane) -> bool:
+    """Return whether a lane has a place for its state and has trained since it was last there."""
+    trained = lane.parked is not None or lane.optimizer is not None
+    has_moved = lane.step > lane.job.start_step and lane.step != lane.saved_step
+    return lane.job.state_folder is not None and trained and has_moved and not lane.divergence
 
 
 def _without_values(job: LaneJob, reason: str) -> tuple[MetricResult, ...]:

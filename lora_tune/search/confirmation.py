@@ -5,6 +5,7 @@ Every candidate trains from its beginning, with the same seeds as the others (da
 dropout), and is scored on the confirmation split, which nothing else reads. ``stats.selection`` decides.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lora_tune.records import (
     TrialState,
 )
 from lora_tune.search.plan import hold_step_of
+from lora_tune.stats.plausibility import checked
 from lora_tune.stats.selection import CandidateRuns, decide
 
 # Where a trial's number is asked for, below those of the search.
@@ -33,6 +35,7 @@ REFIT_TRIAL = -3
 _FIRST_RUN = -4  # the runs and, below them, the metrics count down from here
 DEFAULT_NAME = "default"
 REFIT_FOLDER = "refit"
+STATE_SUFFIX = ".state"
 _SEED_KEY = 0x636F6E66  # keeps these seeds apart from all others that a study derives
 
 
@@ -70,6 +73,11 @@ def candidate_of(record: TrialRecord, *, steps: int | None = None) -> Candidate:
 def run_folder(folder: Path, candidate: str, seed: int) -> Path:
     """Return where the files of a run are: its adapter."""
     return folder / f"{candidate.replace(' ', '-')}-seed-{seed}"
+
+
+def state_folder(run: Path) -> Path:
+    """Return where the state of a run's lane is while it trains."""
+    return run.with_name(f"{run.name}{STATE_SUFFIX}")
 
 
 def chosen_folder(folder: Path, confirmation: Confirmation) -> Path:
@@ -132,6 +140,7 @@ class ConfirmationStage:
         self._measured = {lowest - n: name for n, name in enumerate(self._metric_names())}
         if earlier is not None and self.confirmation != earlier:
             self._save(self.confirmation)  # what was decided of other candidates counts no more
+        self._remove_needless_states()
         self._decide_if_done()
 
     def next_jobs(self, count: int) -> list[LaneJob]:
@@ -146,6 +155,7 @@ class ConfirmationStage:
         Raises:
             AllTrialsFailedError: No candidate came to its end, or the untuned base has no finite loss.
         """
+        outcome = checked(outcome)
         self._in_flight.discard(outcome.trial)
         found = self.confirmation
         if outcome.trial in self._runs:
@@ -163,6 +173,7 @@ class ConfirmationStage:
         else:
             found = self._with_metrics(found, outcome)
         self._keep(found)
+        self._remove_needless_states()
         self._decide_if_done()
 
     @property
@@ -209,6 +220,7 @@ class ConfirmationStage:
     def mark_refit(self) -> None:
         """Record that the shipped adapter was trained once more, on all rows."""
         self._keep(replace(self.confirmation, refit=True))
+        self._remove_needless_states()
 
     def refit_job(self, *, steps: int) -> LaneJob:
         """Return the training of the chosen candidate on other rows; its few evaluated rows mean nothing."""
@@ -226,6 +238,8 @@ class ConfirmationStage:
             eval_dtype="train",
             eval_rows=1,
             result_folder=self.plan.folder / REFIT_FOLDER,
+            state_folder=state_folder(self.plan.folder / REFIT_FOLDER),
+            train_split="all",
         )
 
     def _decide_if_done(self) -> None:
@@ -259,13 +273,25 @@ class ConfirmationStage:
         candidate, seed = self._runs[number]
         config = with_fresh_seed(candidate.config, study_seed=self.plan.study_seed, seed=seed)
         job = self._evaluation(number, config, candidate.steps, "confirmation")
+        folder = run_folder(self.plan.folder, candidate.name, seed)
         return replace(
             job,
             start_step=0,
             hold_step=hold_step_of(candidate.steps, self.plan.cooldown_ratio),
             warmup_steps=self.plan.warmup_steps,
-            result_folder=run_folder(self.plan.folder, candidate.name, seed),
+            result_folder=folder,
+            state_folder=state_folder(folder),
         )
+
+    def _remove_needless_states(self) -> None:
+        """Remove the lane states of runs that are on record, and of candidates that are none any more."""
+        folder = self.plan.folder
+        unfinished = [self._runs[number] for number in self._unfinished_runs(self.confirmation)]
+        needed = {state_folder(run_folder(folder, c.name, seed)) for c, seed in unfinished}
+        if not self.confirmation.refit:
+            needed.add(state_folder(folder / REFIT_FOLDER))
+        for found in set(folder.glob(f"*{STATE_SUFFIX}")) - needed:
+            shutil.rmtree(found, ignore_errors=True)
 
     def _evaluation(
         self, number: int, config: TrialConfig | None, steps: int, split: str

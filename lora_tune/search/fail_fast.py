@@ -1,18 +1,23 @@
-"""Losses above which a trial at rung 0 is stopped, set by the trials that have finished it.
+"""When to stop early: a trial by the losses of those that have finished, and a study on a sick machine.
 
 All trials of a study read the same rows in the same order, so their training losses at a step compare.
 """
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from statistics import stdev
 
-from lora_tune.records import RungResult
+from lora_tune.records import RungResult, TrialRecord, TrialState
 from lora_tune.stats.smoothing import smoothed_losses
 
 LEAST_FINISHED = 3  # trials, before anything is called an outlier
 FIRST_SHARE = 0.3  # of the rung's steps, before which nothing is stopped
 MOST_DEVIATIONS = 5.0
 LEAST_MARGIN = 0.1  # nats: dropout and a small step alone raise a training loss by some hundredths
+MOST_FAILING_ALIKE = 5  # trials, none of the others having come to an end
+
+_NUMBER = re.compile(r"\d+")
 
 
 def loss_limits(finished: Sequence[RungResult]) -> tuple[tuple[int, float], ...]:
@@ -25,7 +30,7 @@ def loss_limits(finished: Sequence[RungResult]) -> tuple[tuple[int, float], ...]
     curves = [
         smoothed_losses((point.step, point.train_loss) for point in result.points)
         for result in finished
-        if result.points
+        if result.points and all(math.isfinite(point.train_loss) for point in result.points)
     ]
     if len(curves) < LEAST_FINISHED:
         return ()
@@ -40,3 +45,20 @@ def loss_limits(finished: Sequence[RungResult]) -> tuple[tuple[int, float], ...]
 
 def _limit(losses: Sequence[float]) -> float:
     return max(losses) + max(MOST_DEVIATIONS * stdev(losses), LEAST_MARGIN)
+
+
+def failing_alike(records: Iterable[TrialRecord]) -> str:
+    """Return what every trial failed of, when nothing else has come of at least five; else nothing.
+
+    Only a fault of the machine is meant (``TrialState.FAILED``): a trial that diverged or did not fit
+    has shown that the machine can train. Reasons that differ in numbers alone, such as a step, are alike.
+    """
+    nothing_yet = (TrialState.RUNNING, TrialState.CACHED)
+    ended = [r for r in records if r.rungs or r.state not in nothing_yet]
+    if len(ended) < MOST_FAILING_ALIKE:
+        return ""
+    if any(record.rungs or record.state is not TrialState.FAILED for record in ended):
+        return ""
+    if len({_NUMBER.sub("#", record.reason) for record in ended}) > 1:
+        return ""
+    return ended[-1].reason

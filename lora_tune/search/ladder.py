@@ -12,12 +12,13 @@ With three rungs or more the first promotion adds one trial that nobody proposed
 ``promotion``. With two it would be a whole extra run.
 """
 
-import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_tune.errors import AllTrialsFailedError
+from lora_tune.files import drop_from
 from lora_tune.records import (
     LaneJob,
     LaneOutcome,
@@ -28,7 +29,7 @@ from lora_tune.records import (
     TrialState,
 )
 from lora_tune.redaction import redact
-from lora_tune.search.fail_fast import loss_limits
+from lora_tune.search.fail_fast import failing_alike, loss_limits
 from lora_tune.search.plan import hold_step_of, seats, start_steps
 from lora_tune.search.promotion import (
     ENDED_EARLY,
@@ -39,7 +40,9 @@ from lora_tune.search.promotion import (
 )
 from lora_tune.search.proposals import Proposer
 from lora_tune.search.space import SearchSpace, describe, training_key
+from lora_tune.stats.plausibility import MOST_LOSS, checked
 
+LANE_STATE = "lane_state.safetensors"  # the engine's name, which cannot be imported here
 FALLBACK_PENALTY = 20.0  # nats; only when no finite loss is known: above ln of any vocabulary
 # Proposals in a row that were answered from records, before a step alone is asked for, and before
 # the space counts as exhausted: twice as many steps have been tried in vain.
@@ -134,6 +137,8 @@ class Ladder:
         while self._num_told in self.records and proposer.is_told(self._num_told):
             self._num_told += 1
         self._tell_rest()
+        for record in self.records.values():
+            self._remove_needless_states(record)
 
     def next_jobs(self, count: int) -> list[LaneJob]:
         """Return up to ``count`` segments to train now; none when all waits for running ones."""
@@ -147,7 +152,12 @@ class Ladder:
         return jobs
 
     def take(self, outcome: LaneOutcome) -> TrialRecord:
-        """Record how a segment ended, durably, then tell Optuna what may be told."""
+        """Record how a segment ended, durably, then tell Optuna what may be told.
+
+        Raises:
+            AllTrialsFailedError: All trials so far have failed, and of the same.
+        """
+        outcome = checked(outcome)
         record = self.records[outcome.trial]
         self.in_flight.discard(outcome.trial)
         if outcome.state is TrialState.COMPLETE:
@@ -176,7 +186,14 @@ class Ladder:
                 span=outcome.span,
             )
         self._store(record)
+        self._remove_needless_states(record)
         self._tell_rest()
+        if reason := failing_alike(self.records.values()):
+            raise AllTrialsFailedError(
+                f"the first {len(self._trained(0))} trials all failed of the same: {redact(reason)}. That "
+                "is no matter of one trial's settings, so no further one is begun. Mend the machine, then "
+                "give the same command again: the study goes on with other trials."
+            )
         return record
 
     def finalists(self, count: int) -> list[TrialRecord]:
@@ -418,12 +435,27 @@ class Ladder:
             eval_dtype="train",
             start_folder=folder / f"rung-{rung - 1}" if rung else None,
             result_folder=folder / f"rung-{rung}",
+            state_folder=folder / f"state-{rung}",
+            keep_state=rung < len(self.plan.rungs) - 1,
             eval_rows=self.plan.eval_rows[rung] if self.plan.eval_rows else None,
             loss_limits=() if rung else self._loss_limits(record.number),
             first_loss=record.rungs[0].points[0].train_loss
             if rung and record.rungs[0].points
             else None,
         )
+
+    def _remove_needless_states(self, record: TrialRecord) -> None:
+        """Remove the lane states that nobody can go on from any more, now that the record is durable.
+
+        These are the states on the way of segments that have ended, and those kept for a next rung that has
+        been trained, or that a trial which ended early will never train. A trial that was not promoted keeps
+        its last one: with more trials it may be promoted later.
+        """
+        folder, early = self._trial_folder(record.number), record.state in ENDED_EARLY
+        for rung in range(len(record.rungs) + early):
+            shutil.rmtree(folder / f"state-{rung}", ignore_errors=True)
+        for result in record.rungs if early else record.rungs[:-1]:
+            drop_from(folder / f"rung-{result.rung}", LANE_STATE)
 
     def _loss_limits(self, number: int) -> tuple[tuple[int, float], ...]:
         """Return what a trial's loss may not exceed, by the trials that its proposal knew of.
@@ -489,6 +521,7 @@ class Ladder:
             for other in self.records.values()
             if other.rungs and other.number <= self._horizon(record.number)
         ]
-        if record.first_loss is not None and math.isfinite(record.first_loss):
-            losses.append(record.first_loss)
+        first = record.first_loss
+        if first is not None and 0 <= first <= MOST_LOSS:  # a sampler would see nothing beside 1e30
+            losses.append(first)
         return 1.1 * max(losses) if losses else FALLBACK_PENALTY

@@ -5,7 +5,6 @@ in which padding could be seen. The base must be the same after writing as befor
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +228,7 @@ def test_answers_end_at_the_token_that_closes_the_turns_of_the_data(tiny_llama: 
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(131)}, unk_token="w0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w4")
     closed = [
-        replace(row, input_ids=(*row.input_ids, 9), labels=(*row.labels, 9)) for row in rows[:5]
+        TokenizedRow(input_ids=(*row.input_ids, 9), labels=(*row.labels, 9)) for row in rows[:5]
     ]
     assert end_tokens(base, tokenizer, closed) == {2, 4}  # w9 is an ordinary word
     tokenizer.add_special_tokens({"additional_special_tokens": ["w9"]})

@@ -187,6 +187,133 @@ def test_a_lane_that_fails_costs_its_neighbours_nothing(tiny_llama, rows, group_
         assert found[number].points[0].learning_rate == honest[number].points[0].learning_rate
 
 
+def poisoning(place: str, value: float) -> type[TrialPack]:
+    """Return a pack in which lane 2 meets ``value`` in its third step: in weight, gradient or loss."""
+
+    class Poisoned(TrialPack):
+        def _accumulate(self, lanes, group_rank):
+            at = [(lane.job.trial, lane.step) for lane in lanes]
+            bad = at.index((2, 2)) if (2, 2) in at else None
+            if bad is not None and place == "weight":
+                lanes[bad].adapter.flat[0] = value
+            found = super()._accumulate(lanes, group_rank)
+            if bad is not None and place == "gradient":
+                lanes[bad].adapter.flat.grad[0] = value
+            if bad is not None and place == "loss":
+                found.losses_K[bad] = value
+            return found
+
+    return Poisoned
+
+
+class Shortened(TrialPack):
+    """Lane 2 ends after its third step."""
+
+    def new_lane(self, job):
+        return super().new_lane(dataclasses.replace(job, end_step=3) if job.trial == 2 else job)
+
+
+# In float16 a gradient that overflows is an ordinary event, so it is not among these.
+PLANTED = [
+    *(("float32", p, v) for p in ("weight", "gradient", "loss") for v in ("nan", "inf", "-inf")),
+    *(("float16", p, "nan") for p in ("weight", "loss")),
+]
+
+
+@pytest.mark.parametrize(("dtype", "place", "value"), PLANTED)
+def test_whatever_is_not_finite_in_one_lane_its_neighbours_do_not_change_by_a_bit(
+    tiny_llama, rows, dtype, place, value
+):
+    base = load_base_model(tiny_llama, quantization="none", compute_dtype=dtype, device="cpu")
+    # products apart: with joined ones the step is taken again, and sums are rounded otherwise
+    pack = poisoning(place, float(value))(base, rows, settings(2, 0))
+    found, honest = train_together(pack), train_together(Shortened(base, rows, settings(2, 0)))
+    assert found[2].divergence.startswith("loss ")
+    assert "at step 3" in found[2].divergence
+    assert [point.step for point in found[2].points] == [1, 2, 3]
+    for number in (0, 1, 3, 4):
+        assert found[number].points == honest[number].points
+        assert torch.equal(found[number].adapter.flat, honest[number].adapter.flat)
+
+
+@pytest.mark.parametrize("group_rank", [0, 64])
+@pytest.mark.parametrize("place", ["weight", "gradient", "loss"])
+def test_a_lane_that_fails_leaves_within_five_steps_though_losses_are_read_late(
+    tiny_llama, rows, place, group_rank
+):
+    base = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+    pack = poisoning(place, float("-inf"))(base, rows, settings(2, group_rank))
+    pack.read_every = 5
+    honest = train_together(TrialPack(base, rows, settings(2, group_rank)))
+    found = train_together(pack)
+    assert [point.step for point in found[2].points] == [1, 2, 3]
+    assert found[2].step <= 3 + 5
+    for number in (0, 1, 3, 4):
+        losses = [point.train_loss for point in found[number].points]
+        assert losses == pytest.approx([p.train_loss for p in honest[number].points], rel=1e-5)
+
+
+# A lane in doubt is compared with the base on the rows of its own steps.
+
+
+def test_the_base_loses_on_a_lane_s_first_rows_what_the_untrained_lane_does(tiny_llama, rows):
+    base = load_base_model(tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu")
+    pack = TrialPack(base, rows, settings(2, 64))
+    lane = pack.new_lane(make_job(1))
+    pack.train_step([lane])
+    size = pack.largest_pass
+    assert pack.base_loss(lane, 1) == pytest.approx(lane.points[0].train_loss, rel=LOSS_RTOL)
+    assert pack.base_loss(lane, 2) != pytest.approx(lane.points[0].train_loss, rel=1e-2)
+    assert pack.largest_pass == size  # that of training
+
+
+@pytest.mark.parametrize("read_every", [1, 4])
+def test_a_healthy_lane_in_doubt_goes_on_as_if_nobody_had_asked(tiny_llama, rows, read_every):
+    base = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+
+    class Doubted(TrialPack):
+        """The lanes' first batches were so easy that every later one looks like a divergence."""
+
+        def new_lane(self, job):
+            return super().new_lane(dataclasses.replace(job, first_loss=-40.0))
+
+    pack = Doubted(base, rows, settings(2, 64))
+    pack.read_every = read_every
+    found, honest = train_together(pack), train_together(TrialPack(base, rows, settings(2, 64)))
+    for number, lane in honest.items():
+        assert found[number].divergence == ""
+        assert set(found[number].base_losses) >= {1, 2, 3}
+        assert found[number].points == lane.points
+        assert torch.equal(found[number].adapter.flat, lane.adapter.flat)
+
+
+class Ascending(TrialPack):
+    """Goes up the gradient."""
+
+    def _accumulate(self, lanes, group_rank):
+        found = super()._accumulate(lanes, group_rank)
+        for lane in lanes:
+            lane.adapter.flat.grad.neg_()
+        return found
+
+
+def test_a_lane_that_learns_to_lose_more_than_the_base_has_diverged(tiny_llama, rows):
+    base = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+    pack = Ascending(base, rows, settings(2, 64))
+    job = dataclasses.replace(make_job(1), hold_step=40, end_step=40)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, learning_rate=0.03))
+    lane = pack.new_lane(job)
+    while not (lane.finished or lane.divergence):
+        pack.train_step([lane])
+    assert "on the same rows" in lane.divergence
+    last = lane.points[-3:]
+    asked = [lane.base_losses[point.step] for point in last]
+    assert all(point.train_loss > loss + 0.5 for point, loss in zip(last, asked, strict=True))
+    [own] = pack.evaluate([lane.adapter], rows, split="train")
+    [untuned] = pack.evaluate([None], rows, split="train")
+    assert own.mean_loss > untuned.mean_loss + 0.5
+
+
 def test_a_parked_lane_goes_on_as_if_it_had_stayed(tiny_llama, rows):
     base = load_base_model(tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu")
     pack = TrialPack(base, rows, settings(2, 64))

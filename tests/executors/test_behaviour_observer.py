@@ -103,7 +103,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out(base, tokenizer, 
     rows = [
         TokenizedRow(input_ids=(*long, 6), labels=(*([-100] * 200), 6)),
         short,
-        replace(short, labels=short.input_ids),  # all of it carries loss: no prompt
+        TokenizedRow(input_ids=short.input_ids, labels=short.input_ids),  # all carries loss
     ]
     found = observe(base, tokenizer, rows)
     assert [sample.row for sample in found.samples] == [1]
