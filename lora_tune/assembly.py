@@ -29,10 +29,11 @@ from lora_tune.search.confirmation import (
 from lora_tune.search.gate import Gate, pack_plan_of
 from lora_tune.search.ladder import Ladder, LadderPlan, num_counted
 from lora_tune.search.plan import budget_hours, confirmation_dtype, planned_steps
-from lora_tune.search.proposals import Proposer
+from lora_tune.search.proposals import Proposer, proposal_window
+from lora_tune.search.restoring import SearchRecord
 from lora_tune.search.space import SearchSpace
-from lora_tune.store.database import open_optuna_study
-from lora_tune.store.folder import DATABASE, RUNS_FOLDER, StudyFolder
+from lora_tune.store.database import open_study
+from lora_tune.store.folder import RUNS_FOLDER, StudyFolder
 from lora_tune.study.spec import StudySpec
 
 
@@ -47,19 +48,20 @@ def make_executor(
     clock: Callable[[], float],
 ) -> InProcessExecutor:
     """Return an executor of the study's plan that trains on ``train_rows``, timed by the study's clock."""
-    scorer = None
+    spec, scorer = inputs.spec, None
     if metrics:
         scorer = MetricScorer(
-            base, inputs.tokenizer, metrics, max_new_tokens=inputs.spec.select.max_new_tokens
+            base, inputs.tokenizer, metrics, max_new_tokens=spec.select.max_new_tokens
         )
     return InProcessExecutor(
-        TrialPack(base, train_rows, pack_settings(inputs.spec, lock.plan)),
+        TrialPack(base, train_rows, pack_settings(spec, lock.plan)),
         {"selection": inputs.data.selection, "confirmation": inputs.data.confirmation},
         lanes=lock.plan.lanes,
         base_model=inputs.files.hub_id or redact(str(inputs.folder)),
         meter=meter,
         scorer=scorer,
         clock=clock,
+        checkpoint_every=spec.run.checkpoint_every,
     )
 
 
@@ -82,11 +84,18 @@ def make_ladder(
         effective_batch_size=spec.train.effective_batch_size,
         num_train=len(inputs.data.train),
     )
-    records = store.load_trials()
+    records, lanes = store.load_trials(), plan.lanes * plan.workers
     for text in notes if not records else ():
         note(text)
     proposer = Proposer(
-        open_optuna_study(store.path / DATABASE, name=lock.name, num_records=len(records)),
+        open_study(
+            store,
+            lock,
+            records,
+            storage=spec.run.storage,
+            differences=SearchRecord(spec, lock).differences,
+            note=note,
+        ),
         space,
         list(anchors[: sizes.num_trials]),
         sampler=spec.search.sampler,
@@ -107,8 +116,7 @@ def make_ladder(
             rungs=lock.rungs,
             warmup_steps=lock.warmup_steps,
             cooldown_ratio=spec.train.cooldown_ratio,
-            # half as many again as lanes: one that ends early leaves no slot idle
-            window=plan.lanes + max(1, plan.lanes // 2),
+            window=proposal_window(lanes),
             budget_bytes=plan.budget_bytes,
             eval_rows=lock.eval_rows,
             practical_margin=spec.select.practical_margin,
@@ -136,7 +144,8 @@ def proposing_seconds(spec: StudySpec, lock: StudyLock, *, num_trials: int) -> f
         lock: With the forecast; without one nothing is known of what follows.
         num_trials: Trials begun so far.
     """
-    hours, forecast = budget_hours(spec), lock.forecast  # one process trains on one GPU
+    hours = budget_hours(spec, num_devices=lock.plan.num_devices)
+    forecast = lock.forecast
     if hours is None:
         return None
     if forecast is None:

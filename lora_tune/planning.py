@@ -34,8 +34,8 @@ from lora_tune.engine.probe import (
     mean_length,
     rising_sizes,
 )
-from lora_tune.errors import MachineError, ModelError, UncoveredModelError
-from lora_tune.hub import ModelFiles, find_model
+from lora_tune.errors import MachineError, UncoveredModelError
+from lora_tune.hub import ModelFiles, find_model, unusable_model
 from lora_tune.memory.fit import resolve_budget
 from lora_tune.memory.request import MemoryRequest
 from lora_tune.memory.shape import ModelShape
@@ -125,7 +125,7 @@ def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> I
         )
         meta = read_meta_model(folder)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f'model.base "{spec.model.base}": {_first_line(error)}') from error
+        raise unusable_model(f'model.base "{spec.model.base}"', error) from error
     check_base_config(spec, config.to_dict())
     modules, set_notes = resolve_sets(
         spec.space, model_type=config.model_type, linears=[linear.name for linear in meta.linears]
@@ -158,13 +158,14 @@ def read_inputs(spec: StudySpec, *, base_dir: Path, lock: StudyLock | None) -> I
     )
 
 
-def draft_plan(inputs: Inputs, *, free_bytes: int) -> Draft:
+def draft_plan(inputs: Inputs, *, free_bytes: int, workers: int = 1) -> Draft:
     """Decide from the estimate alone, before the base is loaded, what fits and how it trains.
 
     Args:
         inputs: What the study starts from.
         free_bytes: What the base and the lanes may use together on this machine's device: what is
             free before the base is loaded, not what the card is sold with.
+        workers: Child processes that will train; on a CPU they share what is free.
 
     Raises:
         InfeasibleError: Nothing of the space fits.
@@ -172,6 +173,8 @@ def draft_plan(inputs: Inputs, *, free_bytes: int) -> Draft:
     """
     spec = inputs.spec
     gpu, safety = spec.memory.gpu, spec.memory.safety
+    if inputs.device == "cpu":
+        free_bytes //= workers
     budget = resolve_budget(gpu, safety=safety, free_bytes=free_bytes)
     dtype = _load_dtype(inputs)
     # in float16 an overflow is an ordinary event, which neighbours must not share
@@ -192,6 +195,7 @@ def draft_plan(inputs: Inputs, *, free_bytes: int) -> Draft:
         group_rank=group_rank,
         budget_bytes=budget,
         capacity_bytes=resolve_budget(gpu, safety=1.0, free_bytes=free_bytes),
+        workers=workers,
     )
 
     def most_lanes(micro_batch_size: int) -> int:
@@ -232,6 +236,7 @@ def make_lock(
         num_anchors=num_anchors,
         gradient_checkpointing=draft.plan.gradient_checkpointing,
         speed=None,
+        num_devices=draft.plan.num_devices,
     )
     plan = _measure(draft, inputs, base, drafted, note, clock)
     begins_s = load_s + plan.probe_s
@@ -307,6 +312,7 @@ def _forecast(
         sizes,
         num_anchors=num_anchors,
         gradient_checkpointing=plan.gradient_checkpointing,
+        num_devices=plan.num_devices,
         speed=measured_speed(
             plan,
             row_tokens=mean_length(data.train),
@@ -367,7 +373,7 @@ def _probe_options(
     if spec.model.compute_dtype == "auto" and inputs.device == "cpu":
         dtypes = by_product_speed(_CPU_DTYPES, clock=clock)
     steps = drafted.plan.search_steps + drafted.plan.confirmation_steps
-    hours = budget_hours(spec)
+    hours = budget_hours(spec, num_devices=plan.num_devices)
     given = (1, sizes[0]) if len(sizes) == 1 else None  # the first reading, taken in any case
     if not lanes_are_open:
         given = (plan.lanes, plan.micro_batch_size)
@@ -530,7 +536,3 @@ def _identity(inputs: Inputs, base: BaseModel) -> ModelIdentity:
 def _gguf(files: ModelFiles) -> Path:
     assert files.gguf is not None
     return files.gguf
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

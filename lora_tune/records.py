@@ -3,6 +3,8 @@
 Memory is bytes, time is seconds, losses are nats per target token.
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -66,22 +68,78 @@ class SuggestedParams:
     effective_step: float  # learning_rate * lora_alpha / 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedRow:
     """A row as token ids; ``labels`` repeats the ids where loss is taken and is -100 elsewhere.
 
     ``group`` names the conversation or document that the row comes from, as the user's data do;
     empty: the row stands for itself.
+
+    All rows of a study stay in memory, so ids are held in two or four bytes each (a tuple takes eight), and
+    of the labels only where loss begins and ends. Both are tuples to everyone who asks.
+
+    Raises:
+        ValueError: A label is neither -100 nor the id in its place, or there are not as many.
     """
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    group: str = ""
+    __slots__ = ("_ids", "_spans", "group")
+
+    def __init__(self, *, input_ids: Sequence[int], labels: Sequence[int], group: str = "") -> None:
+        self._ids = array("H" if max(input_ids, default=0) < 2**16 else "I", input_ids)
+        self._spans = _loss_spans(input_ids, labels)
+        self.group = group
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """Token ids."""
+        return tuple(self._ids)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The ids of the tokens that carry loss, -100 for the others."""
+        labels = [-100] * len(self._ids)
+        for start, end in zip(self._spans[::2], self._spans[1::2], strict=True):
+            labels[start:end] = self._ids[start:end]
+        return tuple(labels)
 
     @property
     def num_labels(self) -> int:
         """Target tokens of the row. The first token is never a target: nothing predicts it."""
-        return sum(label != -100 for label in self.labels[1:])
+        starts, ends = self._spans[::2], self._spans[1::2]
+        return sum(end - max(start, 1) for start, end in zip(starts, ends, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenizedRow):
+            return NotImplemented
+        return (self._ids, self._spans, self.group) == (other._ids, other._spans, other.group)
+
+    def __hash__(self) -> int:
+        return hash((self._ids.tobytes(), self._spans.tobytes(), self.group))
+
+    def __repr__(self) -> str:
+        return (
+            f"TokenizedRow(input_ids={self.input_ids}, labels={self.labels}, group={self.group!r})"
+        )
+
+
+def _loss_spans(ids: Sequence[int], labels: Sequence[int]) -> "array[int]":
+    """Return where loss begins and ends, in turn.
+
+    >>> list(_loss_spans([5, 6, 7, 8], [-100, 6, 7, -100]))
+    [1, 3]
+    """
+    if len(ids) != len(labels):
+        raise ValueError(f"{len(ids)} tokens have {len(labels)} labels")
+    spans = array("I")
+    has_loss = bytes([label != -100 for label in labels])
+    start = has_loss.find(1)
+    while start >= 0:
+        end = has_loss.find(0, start)
+        end = len(ids) if end < 0 else end
+        if list(labels[start:end]) != list(ids[start:end]):
+            raise ValueError(f"labels {start} to {end} are neither -100 nor the tokens there")
+        spans.extend((start, end))
+        start = has_loss.find(1, end)
+    return spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +211,8 @@ class LaneJob:
     kept for the next rung, then cools down linearly to ``end_step`` and is evaluated on
     ``eval_split``. With ``end_step == start_step`` it is only evaluated. ``config`` None
     is the untuned base. ``start_folder`` holds the lane state or adapter to begin from;
-    ``result_folder`` is where the segment's files are published.
+    ``result_folder`` is where the segment's files are published. ``state_folder`` is where the lane's state
+    is saved on the way: a job that finds one of its own there goes on from it.
     """
 
     trial: int
@@ -167,6 +226,7 @@ class LaneJob:
     eval_dtype: str  # "train" or "float32"
     start_folder: Path | None
     result_folder: Path | None
+    state_folder: Path | None = None
     eval_rows: int | None = None  # of the split, the first ones; None: all
     # (step, loss): the lane has diverged when its smoothed training loss is above at that step
     loss_limits: tuple[tuple[int, float], ...] = ()
@@ -174,6 +234,7 @@ class LaneJob:
     first_loss: float | None = None
     metrics: tuple[str, ...] = ()  # besides the loss, by generation on the rows of ``eval_split``
     keep_state: bool = True  # publish the lane's state at ``hold_step`` beside its adapter
+    train_split: str = "train"  # or "all": the rows of all three splits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -488,6 +549,12 @@ class LanePlan:
     probe_readings: tuple[ProbeReading, ...] = ()
     probe_s: float = 0.0  # seconds that the readings took
     probe_cut: bool = False  # more readings would have taken more than their share of the study
+    workers: int = 1  # child processes that train packs; on GPUs each has one of its own
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs that train at the same time; on a CPU the workers share the cores, which count as one."""
+        return self.workers if self.device == "cuda" else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,36 +5,37 @@ The same command begins a study, goes on with one that was interrupted, and leav
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from lora_tune import signals
 from lora_tune.assembly import (
-    make_executor,
     make_ladder,
     make_stage,
     proposing_seconds,
 )
 from lora_tune.data import row_clusters
 from lora_tune.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from lora_tune.engine.base import BaseModel, quiet_transformers
+from lora_tune.engine.base import quiet_transformers
 from lora_tune.engine.memory_reading import MemoryMeter, open_meter
-from lora_tune.engine.pack import TrialPack
-from lora_tune.errors import DataError, StoreError, StudyFileError
-from lora_tune.executors.behaviour import BehaviourObserver, BehaviourPlan, Subject, subjects_of
-from lora_tune.executors.in_process import InProcessExecutor
+from lora_tune.errors import DataError, StoreError, StudyFileError, Terminated
+from lora_tune.executors.behaviour import BehaviourPlan, Subject, subjects_of
 from lora_tune.executors.interface import Executor
+from lora_tune.executors.process import WorkerLostError
 from lora_tune.executors.scorer import check_prompts
-from lora_tune.files import is_complete, publish_folder, published_digests
-from lora_tune.metrics import Metric, resolve_metrics
+from lora_tune.files import (
+    is_complete,
+    naming_full_disk,
+    publish_folder,
+    published_digests,
+)
+from lora_tune.metrics import resolve_metrics
 from lora_tune.planning import (
     Inputs,
-    draft_plan,
-    load_base,
     make_gate,
-    make_lock,
     plan_again,
     read_inputs,
     spec_hash,
@@ -56,20 +57,25 @@ from lora_tune.report import model_card, write_reports
 from lora_tune.report.events import View
 from lora_tune.search.calibrator import Calibrator
 from lora_tune.search.confirmation import ConfirmationStage, chosen_folder
+from lora_tune.search.disk import check_study_room
 from lora_tune.search.gate import pack_plan_of
 from lora_tune.search.ladder import Ladder, num_counted
 from lora_tune.search.plan import SplitSizes, refit_steps
+from lora_tune.search.restoring import SearchRecord
 from lora_tune.stats.evaluation_power import evaluation_power
+from lora_tune.store.database import check_database
 from lora_tune.store.folder import (
     ADAPTER_FOLDER,
     CONFIRMATION_FILE,
+    LOG_FOLDER,
     RUNS_FOLDER,
     StudyFolder,
 )
+from lora_tune.study.choices import toml_literal
 from lora_tune.study.loader import notes_on_credentials
 from lora_tune.study.spec import StudySpec
 from lora_tune.trackers import Trackers, check_trackers, open_trackers
-from lora_tune.units import format_bytes
+from lora_tune.worker import Crew, HowTheyWrite, StudyClock, StudyTask, without_tokens
 
 # Keys that may change between runs of one study: a budget is a total, and no tracker changes a number.
 CHANGEABLE = (
@@ -77,6 +83,9 @@ CHANGEABLE = (
     ("search", "max_hours"),
     ("search", "max_gpu_hours"),
     ("run", "trackers"),
+    ("run", "executor"),
+    ("run", "workers"),
+    ("run", "checkpoint_every"),
 )
 
 
@@ -117,57 +126,80 @@ def run_study(
     """
     quiet_transformers()
     check_trackers(spec.run.trackers)
-    began = time.monotonic()
+    began_s = time.monotonic()
     store = StudyFolder(Path(spec.study.output) / spec.study.name)
     view = _RedactedView(view)
-    inputs, metrics = _read_study(spec, study_file, store, view, allow_code=allow_code)
-    with store.owned():
-        lock = _earlier_lock(inputs, store)
+    if (begun := store.load_lock()) is not None:
+        _check_unchanged(spec, begun)
+    with ExitStack() as closing_all:
+        closing_all.enter_context(naming_full_disk(store.path))
+        # It starts while the inputs are read: importing torch and its like takes longer than that.
+        crew = Crew(spec, log_folder=store.path / LOG_FOLDER, note=view.note)
+        closing_all.callback(crew.close)
+        inputs = _read_study(spec, study_file, begun, view, allow_code=allow_code)
+        closing_all.enter_context(store.owned())
+        closing_all.callback(crew.close)  # before the study is given back
+        for text in store.tidy():
+            view.note(text)
+        lock = _earlier_lock(inputs, store, workers=crew.num_workers)
+        if lock is not None and _is_finished(store, lock, inputs.spec):
+            _tell_again(inputs.spec, lock, store, view)
+            return store.snapshot()
+        check_database(
+            store,
+            name=spec.study.name,
+            storage=spec.run.storage,
+            differences=SearchRecord(spec, lock).differences if lock is not None else None,
+        )
         if lock is not None:
-            if _is_finished(store, lock, inputs.spec):
-                _tell_again(inputs.spec, lock, store, view)
-                return store.snapshot()
             _reopen(store)
-        meter = meter_of(inputs.device)
-        earlier_s = _seconds_before(store)
-
-        def elapsed() -> float:
-            return earlier_s + time.monotonic() - began
-
-        if lock is not None:
-            base = load_base(inputs, lock)
-        else:
-            base, lock = _first_start(inputs, meter, view, elapsed, command, study_file)
-            store.save_lock(lock)
-            store.save_study_file(study_file.read_text(encoding="utf-8"))
-        _note_less_memory(meter, lock, view)
-        study = _Study(
+        clock = StudyClock(_seconds_before(store), began_s)
+        task = StudyTask(
             inputs=inputs,
             lock=lock,
-            base=base,
+            command=command,
+            study_file=study_file,
+            clock=clock,
+            workers=crew.num_workers,
+            allow_code=allow_code,
+            meter_of=meter_of,
+        )
+        lock = crew.open(task)
+        check_study_room(store.path, inputs.spec, lock)
+        if task.lock is None:
+            store.save_lock(lock)
+            store.save_study_file(study_file.read_text(encoding="utf-8"))
+        assert crew.executor is not None
+        study = _Study(
+            inputs=without_tokens(inputs),
+            lock=lock,
             store=store,
-            meter=meter,
-            metrics=metrics,
-            elapsed=elapsed,
+            executor=crew.executor,
+            elapsed=clock,
             view=view,
             trackers=_trackers_of(inputs.spec, lock, store, view),
         )
+        del inputs, task  # the rows are with the workers
         with closing(study.trackers):  # last: it may wait for a network
             try:
                 _search_and_confirm(study)
-            finally:
-                store.save_runtime(elapsed())
-                write_reports(store.snapshot())
+            except BaseException as error:
+                store.save_runtime(clock())
+                # who stops a study does not wait for its plots
+                if not isinstance(error, (KeyboardInterrupt, Terminated)):
+                    write_reports(store.snapshot())
+                raise
+            crew.close()
+            store.tidy()  # what workers that were killed had begun to write
+            store.save_runtime(clock())
+            write_reports(store.snapshot())
         return store.snapshot()
 
 
 def _read_study(
-    spec: StudySpec, study_file: Path, store: StudyFolder, view: View, *, allow_code: bool
-) -> tuple[Inputs, Mapping[str, Metric]]:
-    """Return what the study file names, refused where it does not fit what the study began with."""
-    lock = store.load_lock()
-    if lock is not None:
-        _check_unchanged(spec, lock)
+    spec: StudySpec, study_file: Path, lock: StudyLock | None, view: View, *, allow_code: bool
+) -> Inputs:
+    """Return what the study file names, read and checked."""
     for note in notes_on_credentials(spec, study_file):
         view.note(note)
     folder = study_file.parent
@@ -177,15 +209,16 @@ def _read_study(
         check_prompts(inputs.data.confirmation)
     for note in inputs.notes:
         view.note(note)
-    return inputs, metrics
+    return inputs
 
 
-def _earlier_lock(inputs: Inputs, store: StudyFolder) -> StudyLock | None:
-    """Return the lock of a study that has begun, with the budget of now on record."""
+def _earlier_lock(inputs: Inputs, store: StudyFolder, *, workers: int) -> StudyLock | None:
+    """Return the lock of a study that has begun, with the budget and the workers of now on record."""
     lock = store.load_lock()
     if lock is None:
         return None
     _check_same_rows(inputs, lock)
+    lock = replace(lock, plan=replace(lock.plan, workers=workers))
     lock = _with_budget(inputs, lock)
     store.save_lock(lock)
     return lock
@@ -196,31 +229,6 @@ def _tell_again(spec: StudySpec, lock: StudyLock, store: StudyFolder, view: View
     write_reports(store.snapshot())
     with closing(_trackers_of(spec, lock, store, view)) as trackers:
         trackers.catch_up(store.load_trials(), store.load_confirmation())
-
-
-def _first_start(
-    inputs: Inputs,
-    meter: MemoryMeter,
-    view: View,
-    elapsed: Callable[[], float],
-    command: str,
-    study_file: Path,
-) -> tuple[BaseModel, StudyLock]:
-    """Return the loaded base and what was resolved and measured with it."""
-    draft = draft_plan(inputs, free_bytes=meter.free_bytes)
-    for note in draft.notes:
-        view.note(note)
-    base = load_base(inputs, None)
-    lock = make_lock(
-        inputs,
-        base,
-        draft,
-        command=command,
-        study_file=study_file,
-        note=view.note,
-        load_s=elapsed(),
-    )
-    return base, lock
 
 
 def _trackers_of(spec: StudySpec, lock: StudyLock, store: StudyFolder, view: View) -> Trackers:
@@ -237,12 +245,10 @@ def _trackers_of(spec: StudySpec, lock: StudyLock, store: StudyFolder, view: Vie
 class _Study:
     """A study that has been begun: what its stages have in common."""
 
-    inputs: Inputs
+    inputs: Inputs  # of the rows only what they belong to
     lock: StudyLock
-    base: BaseModel
     store: StudyFolder
-    meter: MemoryMeter
-    metrics: Mapping[str, Metric]
+    executor: Executor
     elapsed: Callable[[], float]
     view: View
     trackers: Trackers
@@ -250,21 +256,11 @@ class _Study:
 
 def _search_and_confirm(study: _Study) -> None:
     inputs, lock, store, view = study.inputs, study.lock, study.store, study.view
-    plan = lock.plan
-    study.base.set_gradient_checkpointing(plan.gradient_checkpointing)
-    executor = make_executor(
-        inputs,
-        lock,
-        study.base,
-        study.meter,
-        inputs.data.train,
-        study.metrics,
-        clock=study.elapsed,
-    )
+    plan, executor = lock.plan, study.executor
     gate = make_gate(inputs, plan.compute_dtype, plan.budget_bytes, group_rank=plan.group_rank)
     ladder = make_ladder(inputs, lock, store, gate, study.elapsed, note=view.note)
     progress = _Progress(study, ladder, executor)
-    executor.on_step = progress.show
+    executor.on_step = progress.show_and_go_on
     calibrator = Calibrator(
         gate, pack_plan_of(lock), lock, log=store.load_memory(), config_of=progress.config_of
     )
@@ -295,7 +291,7 @@ def _search_and_confirm(study: _Study) -> None:
     if inputs.spec.select.refit == "all-rows" and not stage.confirmation.refit:
         _refit(study, stage)
     if inputs.spec.select.samples:
-        _observe_behaviour(study, stage.confirmation, executor.pack)
+        _observe_behaviour(study, stage.confirmation)
     _publish_adapter(study, stage)
 
 
@@ -318,16 +314,25 @@ def train(
     told: Callable[[], None],
     track: Callable[[LaneOutcome], None],
 ) -> None:
-    """Train what is asked for until nothing more is; ``track`` is shown every outcome on record."""
-    while True:
-        for job in source.next_jobs(executor.free_slots):
-            executor.submit(job)
-        if not executor.busy:
-            return
-        for outcome in executor.wait():
+    """Train what is asked for until nothing more is; ``track`` is shown every outcome on record.
+
+    Whatever ends it early, the lanes that train are saved, and what has come to its end is recorded.
+    """
+    try:
+        while True:
+            for job in source.next_jobs(executor.free_slots):
+                executor.submit(job)
+            if not executor.busy:
+                return
+            for outcome in executor.wait():
+                source.take(outcome)
+                track(outcome)
+            told()
+    except BaseException:
+        executor.save_states()
+        for outcome in executor.ended():
             source.take(outcome)
-            track(outcome)
-        told()
+        raise
 
 
 def _seconds_before(store: StudyFolder) -> float:
@@ -402,17 +407,16 @@ def _note_power(study: _Study, ladder: Ladder) -> None:
 def _refit(study: _Study, stage: ConfirmationStage) -> None:
     """Train the chosen configuration once more, on the rows of all three splits."""
     inputs, data = study.inputs, study.inputs.data
-    rows = (*data.train, *data.selection, *data.confirmation)
     sizes = SplitSizes.of(data)
+    num_rows = sizes.train + sizes.selection + sizes.confirmation
     steps = refit_steps(inputs.spec, stage.chosen.steps, sizes)
     study.view.note(
-        f"training {stage.chosen.name} once more on all {len(rows)} rows, {steps} steps."
+        f"training {stage.chosen.name} once more on all {num_rows} rows, {steps} steps."
     )
-    executor = make_executor(
-        inputs, study.lock, study.base, study.meter, rows, study.metrics, clock=study.elapsed
-    )
-    executor.submit(stage.refit_job(steps=steps))
-    [outcome] = executor.wait()
+    refit = _Refit(stage.refit_job(steps=steps))
+    train(refit, study.executor, told=lambda: None, track=lambda outcome: None)
+    outcome = refit.outcome
+    assert outcome is not None
     if outcome.evaluation is None:
         study.view.note(
             f"it did not come to its end ({outcome.reason}): the scored adapter is kept."
@@ -421,7 +425,24 @@ def _refit(study: _Study, stage: ConfirmationStage) -> None:
     stage.mark_refit()
 
 
-def _observe_behaviour(study: _Study, confirmation: Confirmation, pack: TrialPack) -> None:
+class _Refit:
+    """Asks for the one job of the refit."""
+
+    def __init__(self, job: LaneJob) -> None:
+        self.job: LaneJob | None = job
+        self.outcome: LaneOutcome | None = None
+
+    def next_jobs(self, count: int) -> list[LaneJob]:
+        """Return the job, once."""
+        jobs, self.job = [self.job] if self.job is not None else [], None
+        return jobs
+
+    def take(self, outcome: LaneOutcome) -> None:
+        """Keep how it ended."""
+        self.outcome = outcome
+
+
+def _observe_behaviour(study: _Study, confirmation: Confirmation) -> None:
     """Store how the chosen adapter writes beside the base and the default's, unless that is known."""
     inputs, store, decision = study.inputs, study.store, confirmation.decision
     assert decision is not None
@@ -437,9 +458,12 @@ def _observe_behaviour(study: _Study, confirmation: Confirmation, pack: TrialPac
     names = ", ".join(subject.name for subject in subjects)
     study.view.note(f"answers to held-out prompts, and loss on a general text, of {names} ...")
     began = study.elapsed()
-    found = BehaviourObserver(pack, inputs.tokenizer, plan).observe(
-        subjects, inputs.data.confirmation, chosen=decision.chosen, default=default
-    )
+    question = HowTheyWrite(subjects=subjects, chosen=decision.chosen, default=default, plan=plan)
+    try:
+        found = study.executor.answer(question)
+    except WorkerLostError as error:
+        found = question.unanswered(str(error))
+    assert isinstance(found, Behaviour)
     store.save_behaviour(found)
     store.save_runtime(study.elapsed())
     took = f"that took {study.elapsed() - began:.0f} s"
@@ -475,15 +499,6 @@ def _publish_adapter(study: _Study, stage: ConfirmationStage) -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _note_less_memory(meter: MemoryMeter, lock: StudyLock, view: View) -> None:
-    """Say that a plan, made earlier or for another GPU, may use more than is free now."""
-    if meter.peaks() is not None and meter.free_bytes < lock.plan.budget_bytes:
-        view.note(
-            f"{format_bytes(meter.free_bytes)} of the {meter.device_name} are free, the plan may use "
-            f"{format_bytes(lock.plan.budget_bytes)}: a pack that runs out of memory is halved."
-        )
-
-
 def _check_unchanged(spec: StudySpec, lock: StudyLock) -> None:
     """Refuse to go on with other settings than the study began with."""
     before, now = _flat(lock.spec), _flat(spec.model_dump(mode="json"))
@@ -493,13 +508,19 @@ def _check_unchanged(spec: StudySpec, lock: StudyLock) -> None:
         if not same_when_masked(before.get(key, now[key]), now[key]) and key not in CHANGEABLE
     ]
     if changed:
-        lines = [f"  {'.'.join(k)}: was {before.get(k)!r}, is {now[k]!r}" for k in changed]
+        lines = [
+            f"  {'.'.join(k)}: was {_toml(before.get(k))}, is {_toml(now[k])}" for k in changed
+        ]
         raise StudyFileError(
             f"the study file differs from the one that {lock.name} began with:\n"
             + "\n".join(lines)
-            + "\nOnly search.trials, search.max_hours, search.max_gpu_hours and run.trackers may change. "
+            + f"\nOnly {', '.join('.'.join(key) for key in CHANGEABLE)} may change. "
             "Change it back, or give the study another name (study.name)."
         )
+
+
+def _toml(value: object) -> str:
+    return "not given" if value is None else toml_literal(value)
 
 
 def _check_same_rows(inputs: Inputs, lock: StudyLock) -> None:
@@ -529,7 +550,7 @@ def _flat(values: dict[str, object]) -> dict[tuple[str, str], object]:
 class _Progress:
     """Gathers what the live view shows."""
 
-    def __init__(self, study: _Study, ladder: Ladder, executor: InProcessExecutor) -> None:
+    def __init__(self, study: _Study, ladder: Ladder, executor: Executor) -> None:
         self.study, self.ladder, self.executor = study, ladder, executor
         self.stage: ConfirmationStage | None = None  # None while the search goes on
         self.began_s = study.elapsed()
@@ -540,6 +561,11 @@ class _Progress:
         if self.stage is not None and trial < 0:
             return self.stage.config_of(trial)
         return self.ladder.records[trial].config
+
+    def show_and_go_on(self) -> None:
+        """Tell the view where the study is, unless a signal came that ends it."""
+        signals.check()
+        self.show()
 
     def show(self) -> None:
         """Tell the view where the study is."""
@@ -559,7 +585,7 @@ class _Progress:
                 best_trial=best.number if best else None,
                 best_loss=best.best_loss if best else None,
                 tokens_per_s=self.executor.num_tokens / spent if spent else 0.0,
-                memory_bytes=self.executor.meter.in_use(),
+                memory_bytes=self.executor.memory_bytes(),
                 budget_bytes=self.study.lock.plan.budget_bytes,
                 elapsed_s=self.study.elapsed(),
                 left_s=self._left_s(lanes, spent),

@@ -2,7 +2,8 @@
 
 Exit codes: 0 finished; 1 a bug; 2 usage; 3 study file or data; 4 study folder; 5 nothing fits the memory;
 6 all trials failed; 7 this machine; 8 the base model; 9 packed and plain training differ (verify); 75 stopped
-by SIGTERM, the same command goes on; 130 interrupted; 141 the reader of a pipe went away.
+by SIGTERM, the same command goes on; 130 interrupted; 141 the reader of a pipe went away; 143 ended at
+once by a second SIGTERM.
 """
 
 import os
@@ -30,15 +31,15 @@ from lora_tune.cli.arguments import (
     studies_and_files,
 )
 from lora_tune.cli.estimate import estimate
-from lora_tune.errors import LoraTuneError, MachineError, StudyFileError, Terminated
+from lora_tune.errors import LoraTuneError, MachineError, StoreError, StudyFileError, Terminated
 from lora_tune.export.targets import TARGETS
 from lora_tune.files import is_full
 from lora_tune.redaction import redact
+from lora_tune.signals import EXIT_INTERRUPTED, EXIT_RESUMABLE, stoppable
 
+_GOES_ON = "the same command goes on from here, and `lora-tune report` shows what is there so far."
 EXIT_BUG = 1
 EXIT_DIFFERS = 9
-EXIT_RESUMABLE = 75
-EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141  # what a shell reports of a program that SIGPIPE ended
 
 
@@ -196,15 +197,20 @@ def run(
 
         dry_run_command(study, as_json=as_json)
         return
-    from lora_tune.commands.run import run as run_command
+    try:
+        with stoppable():
+            from lora_tune.commands.run import run as run_command
 
-    run_command(
-        study,
-        command=shlex.join(["lora-tune", *sys.argv[1:]]),
-        allow_code=allow_code,
-        as_json=as_json,
-        quiet=quiet,
-    )
+            run_command(
+                study,
+                command=shlex.join(["lora-tune", *sys.argv[1:]]),
+                allow_code=allow_code,
+                as_json=as_json,
+                quiet=quiet,
+            )
+    except KeyboardInterrupt:  # typer would end without a word
+        typer.echo(f"\nlora-tune: interrupted; {_GOES_ON}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @app.command()
@@ -315,6 +321,28 @@ def verify(
         raise typer.Exit(EXIT_DIFFERS)
 
 
+@app.command()
+def doctor(
+    study: StudyArgument = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Remove what killed runs left behind.")
+    ] = False,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Make a damaged database again from the records, or lost records from it.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look for damage in a study's folder, and mend it if asked to."""
+    from lora_tune.commands.doctor import doctor as doctor_command
+
+    if not doctor_command(study, fix=fix, rebuild=rebuild, as_json=as_json):
+        raise typer.Exit(StoreError.exit_code)
+
+
 app.command()(estimate)
 
 
@@ -334,10 +362,10 @@ def main() -> None:
         typer.echo(f"lora-tune: {redact(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("\nlora-tune: interrupted; the same command goes on from here.", err=True)
+        typer.echo(f"\nlora-tune: interrupted; {_GOES_ON}", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except Terminated:
-        typer.echo("lora-tune: stopped by SIGTERM; the same command goes on from here.", err=True)
+        typer.echo(f"lora-tune: stopped by a signal; {_GOES_ON}", err=True)
         sys.exit(EXIT_RESUMABLE)
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):

@@ -19,7 +19,7 @@ from lora_tune.commands.check_disk import disk_need
 from lora_tune.commands.check_rows import GUESS_MARGIN, read_rows
 from lora_tune.commands.estimate_machine import this_machines_gpu
 from lora_tune.errors import MachineError, UncoveredModelError
-from lora_tune.hub import ModelConfig, find_config
+from lora_tune.hub import ModelConfig, find_config, unusable_model
 from lora_tune.memory.request import (
     GROUP_RANK_OF_CPUS,
     GROUP_RANK_OF_GPUS,
@@ -32,6 +32,7 @@ from lora_tune.memory.shape import ModelShape
 from lora_tune.memory.solve import Estimate
 from lora_tune.memory.throughput import ThroughputEstimate, estimate_throughput
 from lora_tune.memory.verdict import DEFAULT_CAPABILITY, Device, find_device
+from lora_tune.metrics import check_metrics
 from lora_tune.records import StudyLock, TargetSet, TrialConfig
 from lora_tune.report.check import CheckedAnchor, StudyCheck, check_json, print_check
 from lora_tune.report.estimate_study import FrontierRow
@@ -93,6 +94,9 @@ def check_study(path: Path, *, gpu: str | None = None) -> StudyCheck:
     """Return what a study will do; nothing is written."""
     spec = load_study(path)
     check_trackers(spec.run.trackers)
+    check_metrics(
+        spec.select.metrics, allow_code=True
+    )  # names alone: no code of theirs is run here
     if gpu is not None:
         spec = spec.model_copy(update={"memory": spec.memory.model_copy(update={"gpu": gpu})})
     place = _place(spec)._replace(begun=gpu is None)
@@ -148,7 +152,13 @@ def check_study(path: Path, *, gpu: str | None = None) -> StudyCheck:
         gradient_checkpointing=speed.plan.gradient_checkpointing,
         forecast=planned.forecast,
         throughput=speed.modelled,
-        disk=disk_need(spec, target_sets, planned.plan, [anchor.config for anchor in configs]),
+        disk=disk_need(
+            spec,
+            target_sets,
+            planned.plan,
+            [anchor.config for anchor in configs],
+            lanes=speed.plan.most_lanes,
+        ),
         practical_margin=spec.select.practical_margin,
         notes=(
             *notes_on_credentials(spec, path),
@@ -201,7 +211,10 @@ def _traced_base(found: ModelConfig) -> Base:
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(dict(found.config)), "utf-8")
-        meta = read_meta_model(Path(folder))
+        try:
+            meta = read_meta_model(Path(folder))
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise unusable_model(f'model.base "{found.label}"', error) from error
     return Base(
         found,
         ModelShape.from_linears(found.config, *meta),

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from lora_tune.catalog.targets import SET_NAMES, resolve_target_set
-from lora_tune.errors import ModelError, TargetModulesError, UncoveredModelError
-from lora_tune.hub import ModelConfig, find_config
+from lora_tune.errors import TargetModulesError, UncoveredModelError
+from lora_tune.hub import ModelConfig, find_config, unusable_model
 from lora_tune.memory.request import MemoryRequest
 from lora_tune.memory.shape import ModelShape, target_suffixes
 from lora_tune.memory.solve import ClosedForm, Estimate
@@ -97,8 +97,7 @@ def _counted_targets(found: ModelConfig, targets: str) -> tuple[str, ...]:
         try:
             linears = read_meta_model(Path(folder)).linears
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            first = str(error).partition("\n")[0]
-            raise ModelError(f'model "{found.label}": {first}') from error
+            raise unusable_model(f'model "{found.label}"', error) from error
     parts = tuple(part.strip() for part in targets.split(",") if part.strip())
     return resolve_target_set(
         parts[0] if len(parts) == 1 else parts,

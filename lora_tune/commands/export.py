@@ -68,7 +68,9 @@ def export(
         from lora_tune.commands.estimate_machine import this_machines_gpu
 
         gpu = f"{this_machines_gpu(key='--gpu').usable_bytes // MIB}MiB"
-    snapshot = find_study(study).snapshot()
+    folder = find_study(study)
+    folder.check_links()  # what an export copies, and may upload, is the study's own
+    snapshot = folder.snapshot()
     decided(snapshot)
     summarize_confirmation(snapshot)  # records that contradict each other make no export
     if row.needs_adapter:

@@ -12,7 +12,7 @@ from lora_tune.report import print_report, write_reports
 from lora_tune.report.caveats import missing_trials
 from lora_tune.report.terminal import open_console, say, say_unbroken
 from lora_tune.store.find import REPORTS, find_study
-from lora_tune.store.folder import LOCK_FILE
+from lora_tune.store.folder import LOCK_FILE, StudyFolder
 
 MAX_NAMES = 3  # of studies in the name of a comparison's folder
 
@@ -61,8 +61,10 @@ def _report(snapshot: StudySnapshot, output: Path | None, *, as_json: bool) -> N
         output = None
     if output is not None:
         _check(output)
-    elif not snapshot.trials:
-        _check_nothing_is_lost(snapshot.folder)
+    else:
+        StudyFolder(snapshot.folder).check_links()
+        if not snapshot.trials:
+            _check_nothing_is_lost(snapshot.folder)
     try:
         paths = write_reports(snapshot, folder=output)
     except PermissionError as error:

@@ -2,17 +2,16 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from lora_tune.errors import LoraTuneError, Terminated
+from lora_tune.commands.place import check_study_place
+from lora_tune.errors import LoraTuneError
 from lora_tune.metrics import check_metrics
 from lora_tune.records import StudySnapshot
 from lora_tune.redaction import redact
@@ -40,6 +39,7 @@ def run(study: str, *, command: str, allow_code: bool, as_json: bool, quiet: boo
     spec = load_study(path)
     check_metrics(spec.select.metrics, allow_code=allow_code)
     check_trackers(spec.run.trackers)
+    check_study_place(spec)
     # OpenMP reads this when torch is imported. By default its threads spin at every barrier, and on a
     # CPU that is shared with anything else training then slows down up to tenfold; see docs/log.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -60,11 +60,10 @@ def run(study: str, *, command: str, allow_code: bool, as_json: bool, quiet: boo
                 spec, study_file=path, command=command, view=Views(*views), allow_code=allow_code
             )
 
-    with _ended_by_sigterm():
-        if as_json:
-            _run_with_events(StudyFolder(Path(spec.study.output) / spec.study.name), train)
-            return
-        snapshot = train()
+    if as_json:
+        _run_with_events(StudyFolder(Path(spec.study.output) / spec.study.name), train)
+        return
+    snapshot = train()
     print_report(snapshot, open_console(), next_command=_next_command(snapshot))
 
 
@@ -116,23 +115,10 @@ def _next_command(snapshot: StudySnapshot) -> str | None:
 
 def _study_file(study: str) -> Path:
     path = Path(study)
-    if path.suffix == ".toml" or path.is_file():
+    # pathlib's own raises for names that are too long
+    if path.suffix == ".toml" or os.path.isfile(study):
         return path
     folder = find_study(study)
     lock = folder.load_lock()
     assert lock is not None
     return Path(lock.study_file)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise ``Terminated`` meanwhile."""
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated

@@ -55,7 +55,10 @@ def _within_memory(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        cause = (
+            error.__cause__ if isinstance(error, MachineError) else error
+        )  # as of loading a base
+        if cause is None or not is_out_of_memory(cause):
             raise
         raise MachineError(f"{what} not fit the memory for scoring") from None
 

@@ -14,18 +14,19 @@ from lora_tune.report import wording
 from lora_tune.report.behaviour import summarize_behaviour
 from lora_tune.report.confirmation import ConfirmationSummary
 from lora_tune.report.markdown import environment, load_adapter_context
+from lora_tune.report.report_json import plain
 from lora_tune.report.resolved import spec_value
 from lora_tune.report.summary import Outcome, ReportSummary, summarize
 from lora_tune.report.terminal import say, say_unbroken
 from lora_tune.store.folder import ADAPTER_FOLDER
-from lora_tune.study.template import toml_literal
+from lora_tune.study.choices import toml_literal
 
 
 def best_json(snapshot: StudySnapshot) -> dict[str, object]:
     """Return the recommendation as one flat object; before the decision that of the best trial so far.
 
     Losses are nats per target token. What is not known is null: all settings before the first result,
-    intervals and the losses of base and default before the decision.
+    intervals and the losses of base and default before the decision; so is a number that is not finite.
 
     Raises:
         AllTrialsFailedError: All is over and nothing can be recommended.
@@ -34,7 +35,7 @@ def best_json(snapshot: StudySnapshot) -> dict[str, object]:
     lock, c, behaviour = snapshot.lock, summary.confirmation, summarize_behaviour(snapshot)
     finished = summary.outcome is Outcome.FINISHED
     adapter = _adapter(snapshot) if finished else None
-    return {
+    found: dict[str, object] = {
         "study": lock.name,
         "folder": str(snapshot.folder),
         "finished": finished,
@@ -54,6 +55,7 @@ def best_json(snapshot: StudySnapshot) -> dict[str, object]:
         "adapter": None if adapter is None else str(adapter),
         "load_code": None if adapter is None else _load_code(snapshot, adapter),
     }
+    return {key: plain(value) for key, value in found.items()}
 
 
 def print_best(snapshot: StudySnapshot, console: Console) -> None:

@@ -46,7 +46,7 @@ class CheckedAnchor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskNeed:
-    """What a study will write: adapters and lane states, of which none is removed while it runs."""
+    """What a study will write: adapters, and the lane states that may still be needed."""
 
     folder: Path  # of the study
     free_bytes: int

@@ -45,6 +45,8 @@ def print_report(
     reports = folder or snapshot.folder
     summary = summarize(snapshot)
     say(console, wording.headline(summary), style="bold")
+    if waiting := wording.waiting_sentence(summary):
+        say(console, waiting)
     for sentence in wording.conclusions(summary):
         say(console, sentence)
     behaviour = summarize_behaviour(snapshot)

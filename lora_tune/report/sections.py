@@ -49,6 +49,14 @@ RESIDUALS_CAPTION = (
     "peaks of packs like these. Reserved and process hold cached blocks too, which the allocator gives "
     "back before memory runs out, so they can exceed what was needed."
 )
+# Of the states whose names do not say it all; the reason of each trial stands in its row.
+STATE_MEANINGS = {
+    "cached": "A cached trial has the settings of an earlier one and was answered with its result.",
+    "diverged": "Diverged: the loss rose far above its beginning or was no number.",
+    "infeasible": "Infeasible: memory ran out with the trial alone on the device.",
+    "failed": "Failed: a fault of the machine or of the tool, which says nothing of the settings.",
+    "running": "Running: not at its end; it goes on when the study does.",
+}
 PACKS_CAPTION = (
     "Each row is a pack over steps in which its lanes did not change, beside the estimate for the same "
     "lanes, rows and longest batch. All packs, and unrounded, are in memory.csv."
@@ -157,11 +165,9 @@ def trials_caption(snapshot: StudySnapshot, summary: ReportSummary) -> str:
             ' Steps such as "100 of 200" mean that the trial was better at step 100 than at 200 (it '
             "overfitted), and that state was kept."
         )
-    if "cached" in summary.states:
-        text += (
-            " A cached trial has the settings of an earlier one and was answered with its result."
-        )
-    return text
+    return text + "".join(
+        f" {meaning}" for state, meaning in STATE_MEANINGS.items() if state in summary.states
+    )
 
 
 def rungs_table(summary: ReportSummary) -> TextTable:

@@ -45,6 +45,7 @@ def render_markdown(
         summary=summary,
         outcome=summary.outcome.value,
         headline=wording.headline(summary),
+        waiting=wording.waiting_sentence(summary),
         conclusions=wording.conclusions(summary),
         cost_sentence=wording.cost_sentence(summary),
         sizes_sentence=wording.sizes_sentence(snapshot),

@@ -67,6 +67,7 @@ def _decision(snapshot: StudySnapshot, summary: ReportSummary) -> dict[str, obje
     return {
         "finished": summary.outcome is Outcome.FINISHED,
         "headline": wording.headline(summary),
+        "waiting": wording.waiting_sentence(summary),
         "conclusions": wording.conclusions(summary),
         "cost_sentence": wording.cost_sentence(summary),
         "facts_list": key_facts(snapshot, summary),

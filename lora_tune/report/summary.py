@@ -64,6 +64,7 @@ class ReportSummary:
     best_anchor: PairedComparison | None  # None also when the leader is itself an anchor
     tied_anchor: int | None  # trial of anchor A1, when it is tied with the best or is the best
     states: dict[str, int]
+    waiting: tuple[int, ...]  # trials that go on when the study does
     trials_planned: int | None
     anchors_only: bool  # the data are too small for halving
     rungs: tuple[RungSummary, ...]
@@ -107,6 +108,7 @@ def summarize(snapshot: StudySnapshot) -> ReportSummary:
         else None,
         tied_anchor=_tied_anchor(confirmation),
         states=dict(Counter(t.state.value for t in snapshot.trials)),
+        waiting=tuple(t.number for t in snapshot.trials if t.state is TrialState.RUNNING),
         trials_planned=planned_trials(snapshot.lock),
         anchors_only=plan is not None and plan.anchors_only,
         rungs=summarize_rungs(snapshot),

@@ -14,6 +14,7 @@ from lora_tune.units import format_bytes, format_duration
 
 SIGNIFICANCE = 0.05
 LEAST_CORRELATED = 5  # trials, before the agreement of two rungs is worth a sentence
+MOST_NAMED = 10  # trials in a list of those that are waiting
 
 
 def recommendation(summary: ReportSummary) -> str:
@@ -332,6 +333,45 @@ def progress_text(summary: ReportSummary) -> str:
         done = f"{count} of {fmt.plural(planned, 'trial')}"
     also = f" and {fmt.plural(repeats, 'repeat')}" if repeats else ""
     return f"{done}{also}: {states_text(summary)}"
+
+
+def waiting_sentence(summary: ReportSummary) -> str:
+    """Return what is still to be done; nothing of a study that is over.
+
+    A study that trains at this moment and one that was interrupted have the same records.
+    """
+    if summary.outcome is not Outcome.UNFINISHED:
+        return ""
+    parts = [_waiting_trials(summary.waiting), _not_begun(summary), _missing_runs(summary)]
+    return f"Not finished: {'; '.join(part for part in parts if part)}." if any(parts) else ""
+
+
+def _waiting_trials(numbers: tuple[int, ...]) -> str:
+    if not numbers:
+        return ""
+    names = ", ".join(map(str, numbers[:MOST_NAMED]))
+    more = ", ..." if len(numbers) > MOST_NAMED else ""
+    who = fmt.plural(len(numbers), "trial")
+    return f"{who} {'waits' if len(numbers) == 1 else 'wait'} to go on ({names}{more})"
+
+
+def _not_begun(summary: ReportSummary) -> str:
+    """Return how many of the trials planned are still to be proposed; nothing once all of them are."""
+    repeats = summary.states.get(TrialState.CACHED.value, 0)
+    missing = (summary.trials_planned or 0) - (_count(summary) - repeats)
+    if summary.confirmation is not None or missing <= 0:
+        return ""
+    return f"{fmt.plural(missing, 'trial')} {'has' if missing == 1 else 'have'} not begun"
+
+
+def _missing_runs(summary: ReportSummary) -> str:
+    c = summary.confirmation
+    if c is None:
+        return "the confirmation is still to come"
+    missing = c.num_runs_planned - c.num_runs
+    if missing <= 0:
+        return ""
+    return f"{fmt.plural(missing, 'run')} of the confirmation {'is' if missing == 1 else 'are'} missing"
 
 
 def next_step(summary: ReportSummary, lock: StudyLock) -> str:

@@ -176,7 +176,7 @@ def plan_and_forecast(
 def measured_speed(
     plan: LanePlan, *, row_tokens: float, confirmed_in_float32: bool, load_s: float
 ) -> StudySpeed | None:
-    """Return the speed that the probe's readings show; None without any.
+    """Return the speed that the probe's readings show, of all devices together; None without any.
 
     Of the readings of one number of lanes that one counts whose rows a pass are nearest to the plan's.
 
@@ -192,9 +192,13 @@ def measured_speed(
         return None
     own.sort(key=lambda reading: -abs(reading.micro_batch_size - plan.micro_batch_size))
     nearest = {reading.lanes: reading.tokens_per_s for reading in own}  # the last of each stays
+    devices = plan.num_devices
+    readings = {lanes * devices: speed * devices for lanes, speed in nearest.items()}
+    if 1 in nearest:
+        readings |= {1: nearest[1]}  # a run alone has one device
     return StudySpeed(
-        readings=tuple(sorted(nearest.items())),
-        lanes=plan.lanes,
+        readings=tuple(sorted(readings.items())),
+        lanes=plan.lanes * devices,
         row_tokens=row_tokens,
         measured=True,
         confirmation_slowdown=_float32_slowdown(plan, taken) if confirmed_in_float32 else 1.0,

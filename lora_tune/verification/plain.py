@@ -103,6 +103,8 @@ def _load_adapter(task: VerifyTask, inputs: Inputs) -> nn.Module:
         dtype=dtype,
         quantization_config=quantization_config(task.spec.model.quantization, dtype),
         device_map={"": task.lock.plan.device},
+        use_safetensors=True,
+        trust_remote_code=False,
         local_files_only=True,
     )
     for module in base.modules():

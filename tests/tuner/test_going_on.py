@@ -10,7 +10,7 @@ import pytest
 from test_end_to_end import STUDY, copy_of
 from test_end_to_end import workplace as workplace  # the fixture
 
-from lora_tune import tuner
+from lora_tune import tuner, worker
 from lora_tune.assembly import proposing_seconds
 from lora_tune.records import Confirmation, Forecast, ProgressState, StudySnapshot
 from lora_tune.store.folder import StudyFolder
@@ -149,7 +149,7 @@ def test_a_finished_study_whose_time_was_up_is_left_alone(
     folder = copy_of(workplace, tmp_path / "run")
     first = run(folder, trials="30\nmax_hours = 1e-6")
     assert len(first.trials) < 30
-    monkeypatch.setattr(tuner, "load_base", fail)
+    monkeypatch.setattr(worker, "load_base", fail)
     assert run(folder, trials="30\nmax_hours = 1e-6") == first
 
 
