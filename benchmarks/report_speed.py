@@ -62,7 +62,7 @@ def evaluation(loss: float, *, split: str, seed: int) -> EvalResult:
     """Return the losses of all rows around a mean."""
     rows, own = random.Random(split), random.Random(seed)
     counts = tuple(rows.randint(8, 400) for _ in range(NUM_ROWS))
-    sums = tuple(n * (loss + rows.gauss(0, 0.4) + own.gauss(0, 0.05)) for n in counts)
+    sums = tuple(n * max(0.01, loss + rows.gauss(0, 0.4) + own.gauss(0, 0.05)) for n in counts)
     return EvalResult(split=split, loss_sums=sums, label_counts=counts, compute_dtype="bfloat16")
 
 

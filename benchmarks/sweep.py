@@ -40,7 +40,7 @@ from machine import (
     write_result,
 )
 from random_models import random_rows, save_random_model, shape_config
-from sweep_arms import ARMS, Sweep
+from sweep_arms import ARMS, Sweep, row_fields
 from vram_grid import TARGETS
 
 from lora_tune.catalog.models import find_packaged_gguf
@@ -390,7 +390,7 @@ def _docstring_rows(
 
 def describe_sweep(sweep: Sweep, model: str) -> Result:
     """Return what makes two sweeps the same: arms of different ones are never put side by side."""
-    rows = json.dumps([[asdict(row) for row in split] for split in (sweep.train, sweep.held_out)])
+    rows = json.dumps([row_fields(split) for split in (sweep.train, sweep.held_out)])
     lengths = [len(row.input_ids) for row in sweep.train]
     return {
         "model": model,

@@ -69,6 +69,11 @@ Result = dict[str, object]
 T = TypeVar("T")
 
 
+def row_fields(rows: Sequence[TokenizedRow]) -> list[Result]:
+    """Return rows as JSON holds them."""
+    return [{"input_ids": row.input_ids, "labels": row.labels, "group": row.group} for row in rows]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What all arms train. Rows of ``held_out`` are sorted by length, which spares padding."""
@@ -104,7 +109,10 @@ class Sweep:
 
     def write(self, path: Path) -> None:
         """Write the plan for a child process."""
-        fields = asdict(self) | {"folder": str(self.folder)}
+        fields = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        fields["configs"] = [asdict(config) for config in self.configs]
+        fields |= {split: row_fields(fields[split]) for split in ("train", "held_out")}
+        fields["folder"] = str(self.folder)
         path.write_text(json.dumps(fields), encoding="utf-8")
 
     @classmethod

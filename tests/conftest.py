@@ -17,6 +17,8 @@ from lora_tune.records import TokenizedRow
 if TYPE_CHECKING:
     from lora_tune.engine.memory_reading import MemoryPeaks
 
+collect_ignore = ["faults/fuzz_with_atheris.py"]  # a program that imports what is no dependency
+
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,6 +22,7 @@ FLOORS = {
     "__init__": 0.0,  # the version
     "errors": 0.0,
     "redaction": 0.0,
+    "signals": 0.1,
     "units": 0.0,
     "files": 0.2,
     "catalog": 0.5,
@@ -42,6 +43,7 @@ FLOORS = {
     "planning": 6.0,
     "trackers": 6.0,
     "assembly": 6.5,
+    "worker": 6.7,
     "tuner": 7.0,
     "verification": 7.0,
     "commands": 8.0,
@@ -179,7 +181,7 @@ def test_a_bad_study_file_is_refused_before_anything_heavy_is_loaded(tmp_path: P
     (tmp_path / "bad.toml").write_text('[space]\nrank = ["32"]\n', encoding="utf-8")
     loaded, errors = run_light("run", "bad.toml", folder=tmp_path)
     assert loaded == "loaded:  exit: 3"
-    assert errors.startswith("lora-tune: bad.toml: model is missing")
+    assert errors.startswith("lora-tune: bad.toml: model.base is missing")
     assert 'space.rank[0] is "32" (text)' in errors
     assert list(tmp_path.iterdir()) == [tmp_path / "bad.toml"]
 

@@ -24,12 +24,24 @@ from lora_tune.cli import EXIT_DIFFERS, EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_R
 from lora_tune.commands.run import dry_run, run
 from lora_tune.errors import DataError, LoraTuneError
 from lora_tune.records import StudySnapshot
+from lora_tune.signals import EXIT_TERMINATED
 from lora_tune.store.folder import StudyFolder
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "help"
 PAGE = ROOT / "docs" / "command-line.md"
-COMMANDS = ["init", "check", "run", "best", "report", "export", "verify", "estimate", "schema"]
+COMMANDS = [
+    "init",
+    "check",
+    "run",
+    "best",
+    "report",
+    "export",
+    "verify",
+    "doctor",
+    "estimate",
+    "schema",
+]
 ESCAPE = "\x1b"
 AS_LORA_TUNE = "import sys; sys.argv[0] = 'lora-tune'; from lora_tune.cli import main; main()"
 OF_A_STUDY = ["best", "report", "export --to adapter", "verify"]
@@ -197,7 +209,7 @@ def test_the_page_lists_every_exit_code_and_no_other() -> None:
         if isinstance(found, type) and issubclass(found, LoraTuneError)
     )
     known = {error.exit_code for error in errors} | {0, 1, 2}
-    known |= {EXIT_DIFFERS, EXIT_RESUMABLE, EXIT_INTERRUPTED, EXIT_NO_READER}
+    known |= {EXIT_DIFFERS, EXIT_RESUMABLE, EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_TERMINATED}
     assert sorted(map(int, rows)) == sorted(known)
 
 
@@ -435,7 +447,8 @@ def test_what_the_study_wrote_is_within_what_the_check_said(
     weights = (folder / "reports").rglob("*.safetensors")
     written = sum(path.stat().st_size for path in weights)
     headers = 20_000 * len(list((folder / "reports").rglob("*.safetensors")))
-    assert 0.4 * disk["about_bytes"] < written < disk["most_bytes"] + headers
+    # at its largest the folder also holds the states of the lanes that train, gone by now
+    assert 0.25 * disk["about_bytes"] < written < disk["most_bytes"] + headers
 
 
 def test_a_study_that_fails_says_so_in_its_last_event(

@@ -53,6 +53,7 @@ min_rung_steps = 6
 [select]
 seeds = 2
 [run]
+executor = "in-process"
 lanes = 2
 device = "cpu"
 """

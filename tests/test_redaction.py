@@ -71,6 +71,7 @@ def test_a_token_of_a_known_form_is_masked_wherever_it_stands(secret: str, text:
         (f"Authorization: Bearer {WANDB}", "Authorization: Bearer ***"),
         (f"postgres://me:{PASSWORD}@db.example/x", "postgres://me:***@db.example/x"),
         ("https://me:p@ss:w0rd@host/x", "https://me:***@host/x"),
+        (str(Path(f"https://me:{PASSWORD}@host/x")), "https:/me:***@host/x"),
     ],
 )
 def test_what_stands_beside_a_secrets_name_or_in_an_address_is_masked(
@@ -357,7 +358,7 @@ def test_the_same_command_goes_on_with_a_study_whose_records_are_masked(
     toml.write_text(toml.read_text().replace(DATA, "rows.jsonl"))
     refused = run(folder)
     assert refused.returncode == 3
-    assert "data.train: was 'rows-***.jsonl', is 'rows.jsonl'" in refused.stderr
+    assert 'data.train: was "rows-***.jsonl", is "rows.jsonl"' in refused.stderr
 
 
 def test_a_name_of_a_study_that_is_a_token_is_refused(tmp_path: Path) -> None:

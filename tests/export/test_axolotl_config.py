@@ -189,9 +189,10 @@ def exports(tmp_path_factory):
 
 
 def test_names_and_notes_cannot_leave_their_place(tmp_path):
-    hostile = 'x\n\u2028evil: true\r\n- "a": &a !!python/object:os.system {} # '
-    study = finished_study(tmp_path / "reports" / "study", base=hostile, hub_id=hostile)
+    hostile = 'x evil: true - "a": &a !!python/object:os.system {} # '
+    lines = hostile.replace(" evil", "\n\u2028evil").replace(" - ", "\r\n- ")
+    study = finished_study(tmp_path / "reports" / "study", base=hostile, hub_id=lines)
     settings = winner_settings(study)
-    values = yaml.safe_load(axolotl.config_text(settings, TrainingRows(), [hostile, "two\nlines"]))
+    values = yaml.safe_load(axolotl.config_text(settings, TrainingRows(), [lines, "two\nlines"]))
     assert "evil" not in values
-    assert values["base_model"] == hostile
+    assert values["base_model"] == lines

@@ -85,7 +85,7 @@ def test_a_base_is_named_by_its_hub_id_or_by_its_absolute_path(tmp_path, monkeyp
     base = tmp_path / "bases" / "own"
     base.mkdir(parents=True)
     (base / "config.json").write_text('{"model_type": "unheard-of"}')
-    (base / "model.safetensors").write_bytes(b"")
+    (base / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     study = finished_study(
         tmp_path / "reports" / "local", base="bases/own", hub_id=None, name="local"
     )

@@ -95,7 +95,8 @@ def test_every_setting_comes_back_from_the_script(tmp_path, winner):
 
 def test_names_and_notes_cannot_become_code(tmp_path):
     hostile = 'x\'\nimport os\r\u2028""" {{ 7 * 7 }} \\'
-    study = finished_study(tmp_path / "reports" / "study", base=hostile, hub_id=hostile)
+    base = 'x\' import os""" {{ 7 * 7 }} \\'  # a study file has no line break here
+    study = finished_study(tmp_path / "reports" / "study", base=base, hub_id=hostile)
     text = trl.script_text(winner_settings(study), TrainingRows(), [hostile])
     assert read_back(text).base == hostile
     imported = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import)]
