@@ -33,9 +33,7 @@ from lora_tune.store.health import (
     check_leftovers,
     check_links,
     check_published,
-    cut_torn_line,
     read_records,
-    torn_files,
 )
 from lora_tune.store.origin import resolved_spec
 from lora_tune.store.owner import find_owner
@@ -115,8 +113,7 @@ def examine(store: StudyFolder, study: str | None = None) -> Examination:
 
 def mend(store: StudyFolder) -> list[str]:
     """Remove what killed runs left in a folder that this process owns; return what was done."""
-    num_left = len(check_leftovers(store)) - len(torn_files(store))
-    said = [*store.tidy(), *map(cut_torn_line, torn_files(store))]
+    num_left, said = len(check_leftovers(store)), store.tidy()
     return [*([f"{num_left} leftovers of killed runs were removed."] if num_left else []), *said]
 
 
@@ -143,7 +140,7 @@ def _facts(store: StudyFolder, lock: StudyLock, records: ReadRecords, url: str |
         else:
             from lora_tune.store.postgres import read_postgres_trials
 
-            trials = read_postgres_trials(url, name=lock.name)
+            trials = read_postgres_trials(url, name=lock.name, created=lock.created)
     except (StoreError, MachineError) as error:
         return _Facts(search, ReadRecords(good, bad), None, str(error))
     for number in search.without_record(good.keys() | bad.keys(), trials):

@@ -10,6 +10,7 @@ Optuna's study has the configuration, and how it ended early if it did; what was
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
+from math import isclose
 from pathlib import Path
 
 import optuna
@@ -60,7 +61,8 @@ class SearchRecord:
             return f"its proposal is not of this study: {error}"
         if self.space.effective(record.suggested) != record.config:
             return "what was trained does not follow from what was proposed"
-        if any(result.eval_loss != result.evaluation.mean_loss for result in record.rungs):
+        # nearly: newer versions of Python add floats up more exactly
+        if not all(isclose(r.eval_loss, r.evaluation.mean_loss) for r in record.rungs):
             return "a loss is not the mean of those of its rows"
         return None
 

@@ -22,7 +22,8 @@ from lora_tune.records import (
 # Nats a token. All of a vocabulary of a million tokens being equally likely costs 14; wrong and sure of it, a
 # model that has not been destroyed costs some tens.
 MOST_LOSS = 1000.0
-_LEAST = -1e-3  # nats: rounding, where every token is certain
+_LEAST = -1e-3  # nats a token: rounding, where every token is certain
+_LEAST_ROW = -1.0  # nats of a row of thousands of such tokens
 
 
 def checked(outcome: LaneOutcome) -> LaneOutcome:
@@ -74,7 +75,7 @@ def implausible_in(record: TrialRecord | Confirmation) -> str:
 def _spoiled(evaluation: EvalResult) -> str:
     """Return why this is no evaluation that was ever written: no row's sum is below zero either."""
     least = min(evaluation.loss_sums, default=0.0)
-    return implausible(evaluation) or (f"a row's loss {least:g}" if least < _LEAST else "")
+    return implausible(evaluation) or (f"a row's loss {least:g}" if least < _LEAST_ROW else "")
 
 
 def _looked_at(record: TrialRecord | Confirmation) -> Iterator[tuple[str, str]]:
@@ -95,7 +96,7 @@ def _looked_at(record: TrialRecord | Confirmation) -> Iterator[tuple[str, str]]:
 
 
 def _no_loss(loss: float | None) -> str:
-    usable = loss is None or 0 <= loss < math.inf
+    usable = loss is None or _LEAST <= loss < math.inf
     return "" if usable else f"loss {loss:g}"
 
 

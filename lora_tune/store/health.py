@@ -3,8 +3,8 @@
 The database is compared with the records elsewhere, since that takes the search.
 """
 
-import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def read_records(store: StudyFolder) -> ReadRecords:
         except StoreError as error:
             if (folder / TRIAL_FILE).exists():
                 bad[number] = f"cannot be read ({_first_in_brackets(str(error))})"
-            elif any(folder.iterdir()):
+            elif any(not path.name.startswith(".") for path in folder.iterdir()):
                 bad[number] = "is missing"
     for number in range(max([*good, *bad], default=-1) + 1):
         if number not in good:
@@ -115,19 +115,21 @@ def check_published(store: StudyFolder) -> PublishedFolders:
         digests = published_digests(folder)
         where = folder.relative_to(store.path)
         if digests is None:
-            findings.append(_damaged(where / MANIFEST, "cannot be read as a manifest"))
+            if os.path.lexists(folder / MANIFEST):  # else it was removed meanwhile
+                findings.append(_damaged(where / MANIFEST, "cannot be read as a manifest"))
             continue
-        for name, digest in sorted(digests.items()):
-            num_files += 1
-            if problem := _problem(folder / name, digest):
-                findings.append(_damaged(where / name, problem))
+        problems = {n: _problem(folder / n, digest) for n, digest in sorted(digests.items())}
+        num_files += len(digests)
+        if published_digests(folder) == digests:  # else it was replaced meanwhile
+            findings += [_damaged(where / n, said) for n, said in problems.items() if said]
     return PublishedFolders(num_folders, num_files, findings)
 
 
 def _published_below(folder: Path) -> Iterator[Path]:
     """Yield the folders with a manifest; hidden ones were never published."""
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        foreign = TRACKER_FOLDERS if Path(place) == folder else ()
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in foreign)
         if MANIFEST in files:
             yield Path(place)
 
@@ -149,6 +151,8 @@ def _damaged(path: Path, problem: str) -> Finding:
 
 def _advice(path: Path) -> str:
     top = path.parts[0]
+    if any(re.fullmatch(r"state-\d+|.+\.state", part) for part in path.parts[:-1]):
+        return "Delete that folder: the next run begins this segment again."
     if top == ADAPTER_FOLDER:
         return f"Delete {ADAPTER_FOLDER} and run the study again: it is published again."
     if top == RUNS_FOLDER:
@@ -166,7 +170,7 @@ def _advice(path: Path) -> str:
 
 
 def check_leftovers(store: StudyFolder) -> list[Finding]:
-    """Return what killed writers left, and append-only files whose last line is torn."""
+    """Return what killed writers left."""
     findings = []
     for left in leftovers_below(store.path):
         place = str(left.path.relative_to(store.path))
@@ -183,49 +187,7 @@ def check_leftovers(store: StudyFolder) -> list[Finding]:
                 remedy=FIX,
             )
         )
-    for path in torn_files(store):
-        findings.append(
-            Finding(
-                check="leftovers",
-                path=str(path.relative_to(store.path)),
-                problem="ends in the middle of a line",
-                advice="Cut that line off: lora-tune doctor --fix does.",
-                remedy=FIX,
-            )
-        )
     return findings
-
-
-def torn_files(store: StudyFolder) -> list[Path]:
-    """Return the files of lines of JSON whose last line is not whole."""
-    return [
-        path
-        for path in sorted(store.path.rglob("*.jsonl"))
-        if path.relative_to(store.path).parts[0] not in TRACKER_FOLDERS
-        and path.is_file()
-        and not path.is_symlink()
-        and _whole_bytes(path.read_bytes()) < path.stat().st_size
-    ]
-
-
-def cut_torn_line(path: Path) -> str:
-    """Cut the last line of a file off, which is not whole; return a sentence on it."""
-    content = path.read_bytes()
-    kept = _whole_bytes(content)
-    with path.open("r+b") as stream:
-        stream.truncate(kept)
-        os.fsync(stream.fileno())
-    return f"{path}: {len(content) - kept} bytes of a torn line were cut off."
-
-
-def _whole_bytes(content: bytes) -> int:
-    """Return how many bytes the lines have up to the last one that is whole."""
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    try:
-        json.loads(lines[-1] if lines else b"null")
-    except ValueError:
-        lines.pop()
-    return sum(map(len, lines))
 
 
 def check_links(store: StudyFolder) -> list[Finding]:

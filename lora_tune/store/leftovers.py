@@ -15,6 +15,12 @@ from pathlib import Path
 _LEFT = re.compile(
     r"\.(?P<name>.+?)(?P<old>\.old)?\.[a-z0-9_]{8}(?:-journal|-wal|-shm)?", re.DOTALL
 )
+# What is written so in a study's folder; a hidden file of somebody else's may look like a leftover.
+_OURS = re.compile(
+    r"[a-z][a-z.-]*\.(?:json|toml|md|html|csv|db|svg|png)|adapter|plots|rung-\d+|state-\d+"
+    r"|refit(?:\.state)?|.+-seed-\d+(?:\.state)?"
+)
+_NOT_OURS = ("export", "wandb", "tensorboard", "mlruns")  # an export may be on its way now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +53,11 @@ def leftovers_below(folder: Path) -> list[Leftover]:
 
 def _found(folder: Path) -> Iterator[Leftover]:
     for place, folders, files in os.walk(folder):
+        if Path(place) == folder:
+            folders[:] = [name for name in folders if name not in _NOT_OURS]
         for name in sorted((*folders, *files)):
             match = _LEFT.fullmatch(name)
-            if match is None:
+            if match is None or _OURS.fullmatch(match["name"]) is None:
                 continue
             path = Path(place) / name
             if name in folders:

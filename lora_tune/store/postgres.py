@@ -9,6 +9,7 @@ is only one writer, so a trial more than before is ours, and a state that was to
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -144,10 +145,7 @@ def _check_belonging(
     if _CREATED not in study.user_attrs and not num_trials:
         study.set_user_attr(_CREATED, created)
     if study.user_attrs.get(_CREATED) != created:
-        raise StoreError(
-            f'run.storage: {place} has a study "{name}" that another study folder began. Give this study '
-            "another name (study.name), or another database."
-        )
+        raise _of_another_folder(place, name)
     if num_trials < num_records:
         raise StoreError(
             f'run.storage: the study "{name}" in {place} holds {num_trials} of the {num_records} trials '
@@ -156,11 +154,20 @@ def _check_belonging(
         )
 
 
-def read_postgres_trials(url: str, *, name: str) -> list[optuna.trial.FrozenTrial]:
-    """Return a study's trials, without its lock.
+def _of_another_folder(place: str, name: str) -> StoreError:
+    return StoreError(
+        f'run.storage: {place} has a study "{name}" that another study folder began. Give this study '
+        "another name (study.name), or another database."
+    )
+
+
+def read_postgres_trials(
+    url: str, *, name: str, created: str | None = None
+) -> list[optuna.trial.FrozenTrial]:
+    """Return a study's trials, without its lock; ``created``: those of the folder begun then alone.
 
     Raises:
-        StoreError: The server cannot be reached, or has no such study.
+        StoreError: The server cannot be reached, or has no such study, or only that of another folder.
         MachineError: The driver is not installed.
     """
     check_driver()
@@ -175,7 +182,10 @@ def read_postgres_trials(url: str, *, name: str) -> list[optuna.trial.FrozenTria
         try:
             if name not in optuna.get_all_study_names(storage):
                 raise StoreError(f'run.storage: the {server.place} has no study "{name}".')
-            return list(optuna.load_study(study_name=name, storage=storage).get_trials())
+            study = optuna.load_study(study_name=name, storage=storage)
+            if created is not None and study.user_attrs.get(_CREATED, created) != created:
+                raise _of_another_folder(server.place, name)
+            return list(study.get_trials())
         finally:
             storage.engine.dispose()
     except UNREADABLE as error:
@@ -202,6 +212,7 @@ def new_postgres_study(
     try:
         with server.connect() as connection:
             _make_tables(server)
+            _check_is_ours(connection, server.place, name, created)
             _delete(server, making)  # of an attempt that was killed
             study = open_postgres_study(
                 url, name=making, created=created, folder=folder, num_records=0, note=_say_nothing
@@ -211,8 +222,22 @@ def new_postgres_study(
             finally:
                 close_study(study)
             return _exchange(connection, name, making)
-    except _driver_error() as error:
+    except StoreError:
+        raise
+    except (*UNREADABLE, _driver_error()) as error:
         raise _unusable(server.place, error) from error
+
+
+def _check_is_ours(connection: Any, place: str, name: str, created: str) -> None:
+    """Refuse to put aside a study of this name that another study folder began."""
+    row = connection.execute(
+        "SELECT a.value_json FROM study_user_attributes a JOIN studies s USING (study_id) "
+        "WHERE s.study_name = %s AND a.key = %s",
+        (name, _CREATED),
+    ).fetchone()
+    connection.commit()
+    if row is not None and json.loads(row[0]) != created:
+        raise _of_another_folder(place, name)
 
 
 def _delete(server: "Server", name: str) -> None:

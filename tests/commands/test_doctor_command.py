@@ -16,7 +16,7 @@ from lora_tune.commands.doctor import doctor, examine
 from lora_tune.errors import StoreError
 from lora_tune.files import MANIFEST, publish_folder, published_digests
 from lora_tune.store.folder import FORMAT, LOCK_FILE, StudyFolder
-from lora_tune.store.health import check_published, torn_files
+from lora_tune.store.health import check_published
 
 HOLDER = """
 import sys
@@ -110,30 +110,42 @@ def test_what_killed_runs_left_is_named_and_removed_when_asked_to(
     aside = store.path / ".adapter.old.abcdefgh"
     aside.mkdir()
     os.replace(store.path / "adapter", aside / "adapter")
-    (store.path / "events.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": 3')
-    (store.path / "nul.jsonl").write_bytes(b'{"a": 1}\n' + bytes(7))
     before = contents(store.path)
     assert not doctor(str(store.path), fix=False, rebuild=False, as_json=False)
     assert contents(store.path) == before
     said = capsys.readouterr().out
-    for name in (".trials.csv.abcdefgh", ".adapter.old.abcdefgh", "events.jsonl", "nul.jsonl"):
+    for name in (".trials.csv.abcdefgh", ".adapter.old.abcdefgh"):
         assert f"{name}: " in said
     assert f"Next: lora-tune doctor {store.path} --fix" in said
     assert doctor(str(store.path), fix=True, rebuild=False, as_json=False)
     assert "the earlier one is back again" in capsys.readouterr().out.replace("\n", " ")
-    assert (store.path / "events.jsonl").read_bytes() == b'{"a": 1}\n{"a": 2}\n'
-    assert (store.path / "nul.jsonl").read_bytes() == b'{"a": 1}\n'
     assert (store.path / "adapter" / MANIFEST).is_file()
     assert not (store.path / ".trials.csv.abcdefgh").exists()
 
 
-def test_a_torn_line_is_found_at_any_byte(store: StudyFolder) -> None:
-    whole = b'{"a": 1}\n{"text": "\xc3\xbc"}\n{"c": [1, 2]}\n'
-    path = store.path / "events.jsonl"
-    for length in range(len(whole) + 1):
-        path.write_bytes(whole[:length])
-        is_whole = length == 0 or whole[:length].endswith(b"\n")
-        assert torn_files(store) == ([] if is_whole else [path])
+def test_files_of_others_are_neither_leftovers_nor_cut(store: StudyFolder) -> None:
+    """An export may be on its way; hidden files and lines without an end are their owner's."""
+    theirs = {
+        "export/.merged.abcdefgh/model.safetensors": b"half",
+        ".env.template": b"KEY=",
+        "notes.jsonl": b'{"a": 1}\n{"b": 2}',
+        "wandb/.report.json.abcdefgh": b"{}",
+    }
+    for name, content in theirs.items():
+        (store.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (store.path / name).write_bytes(content)
+    assert examine(store).findings == ()
+    assert doctor(str(store.path), fix=True, rebuild=False, as_json=False)
+    assert {name: (store.path / name).read_bytes() for name in theirs} == theirs
+
+
+def test_a_damaged_state_of_a_lane_costs_no_finished_rung(store: StudyFolder) -> None:
+    state = store.path / "trials" / "0000" / "state-1"
+    with publish_folder(state) as folder:
+        (folder / "lane_state.safetensors").write_bytes(b"whole")
+    (state / "lane_state.safetensors").write_bytes(b"flipped")
+    [found] = examine(store).findings
+    assert found.advice == "Delete that folder: the next run begins this segment again."
 
 
 def test_links_out_of_the_folder_are_named_and_never_followed(

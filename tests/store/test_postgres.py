@@ -21,7 +21,12 @@ from lora_tune.commands.doctor import doctor, examine
 from lora_tune.errors import DatabaseAwayError, StoreError
 from lora_tune.records import LaneOutcome, TrialRecord
 from lora_tune.store.folder import DATABASE, StudyFolder
-from lora_tune.store.postgres import check_server, open_postgres_study, read_postgres_trials
+from lora_tune.store.postgres import (
+    check_server,
+    new_postgres_study,
+    open_postgres_study,
+    read_postgres_trials,
+)
 
 Rows = list[tuple[object, ...]]
 
@@ -165,6 +170,13 @@ def test_another_folder_s_study_of_the_same_name_is_refused(tmp_path: Path, url:
     other = begin(tmp_path / "other" / "table", table_lock(storage=url))
     with pytest.raises(StoreError, match="that another study folder began"):
         run_on(other, replace(table_lock(storage=url), created="2031-01-01"), storage=url)
+    assert rows_of(url) == before
+    with pytest.raises(StoreError, match="that another study folder began"):
+        read_postgres_trials(url, name="table", created="2031-01-01")
+    with pytest.raises(StoreError, match="that another study folder began"):
+        new_postgres_study(
+            url, name="table", created="2031-01-01", folder=other.path, fill=lambda study: None
+        )
     assert rows_of(url) == before
 
 
