@@ -5,8 +5,10 @@ The first signal raises ``KeyboardInterrupt`` or ``Terminated`` in the main thre
 process on the spot. What a process is told by signals is its own, so the state is this module's.
 """
 
+import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,11 +19,16 @@ EXIT_INTERRUPTED = 130
 EXIT_RESUMABLE = 75
 EXIT_TERMINATED = 143  # by a second signal, without saving anything
 
+SAME_REQUEST_S = (
+    0.5  # some send SIGTERM and SIGHUP, or a signal to the group and to the process, at once
+)
+
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _State:
     received: int | None = None
+    received_at = 0.0
     raised = False
     depth = 0
 
@@ -62,9 +69,21 @@ def check() -> None:
     raise KeyboardInterrupt if _State.received == signal.SIGINT else Terminated
 
 
+def keep_exit_code() -> None:
+    """Have this process end with the exit code that it is about to give, after a ``KeyboardInterrupt``.
+
+    One that has passed through code that C runs, as in some imports, is remembered as unhandled, and Python
+    would in the end kill itself by SIGINT. Running anything so forgets it.
+    """
+    ctypes.pythonapi.PyRun_SimpleString(b"pass")
+
+
 def _receive(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _State.received is not None and now - _State.received_at < SAME_REQUEST_S:
+        return
     if _State.received is not None:
         os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
-    _State.received = number
+    _State.received, _State.received_at = number, now
     if _State.depth == 0:
         check()

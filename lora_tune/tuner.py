@@ -318,19 +318,23 @@ def train(
 
     Whatever ends it early, the lanes that train are saved, and what has come to its end is recorded.
     """
+    ended: list[LaneOutcome] = []
     try:
         while True:
             for job in source.next_jobs(executor.free_slots):
                 executor.submit(job)
             if not executor.busy:
                 return
-            for outcome in executor.wait():
-                source.take(outcome)
+            ended = executor.wait()
+            while ended:
+                with signals.deferred():
+                    outcome = ended.pop(0)
+                    source.take(outcome)
                 track(outcome)
             told()
     except BaseException:
         executor.save_states()
-        for outcome in executor.ended():
+        for outcome in (*ended, *executor.ended()):
             source.take(outcome)
         raise
 
@@ -527,7 +531,8 @@ def _check_same_rows(inputs: Inputs, lock: StudyLock) -> None:
     if inputs.data.fingerprint.sha256 != lock.data.sha256:
         raise DataError(
             f"{inputs.spec.data.train}: the rows differ from those that {lock.name} began with. Bring them "
-            "back, or give the study another name (study.name)."
+            "back, or give the study another name (study.name). If nobody changed them: this version keeps "
+            "rows that look alike in one split, so begin the study anew."
         )
 
 

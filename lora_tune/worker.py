@@ -147,6 +147,7 @@ class StudyWorker:
         self._split = "train"
         self._executor = self._train_on(self._split)
         self._earlier_tokens = 0
+        self._ended: list[LaneOutcome] = []
 
     @property
     def pack(self) -> TrialPack:
@@ -228,11 +229,13 @@ class StudyWorker:
     def wait(self) -> list[LaneOutcome]:
         """Train until at least one lane has ended; no signal cuts a step in two."""
         with signals.deferred():
-            return self._executor.wait()
+            self._ended += self._executor.wait()
+        return self.ended()
 
     def ended(self) -> list[LaneOutcome]:
-        """Return no outcome: ``wait`` returns them all."""
-        return []
+        """Return the outcomes that a signal kept ``wait`` from returning."""
+        outcomes, self._ended = self._ended, []
+        return outcomes
 
     def save_states(self) -> None:
         """Save the state of every lane that trains."""

@@ -35,7 +35,7 @@ from lora_tune.errors import LoraTuneError, MachineError, StoreError, StudyFileE
 from lora_tune.export.targets import TARGETS
 from lora_tune.files import is_full
 from lora_tune.redaction import redact
-from lora_tune.signals import EXIT_INTERRUPTED, EXIT_RESUMABLE, stoppable
+from lora_tune.signals import EXIT_INTERRUPTED, EXIT_RESUMABLE, keep_exit_code, stoppable
 
 _GOES_ON = "the same command goes on from here, and `lora-tune report` shows what is there so far."
 EXIT_BUG = 1
@@ -209,6 +209,7 @@ def run(
                 quiet=quiet,
             )
     except KeyboardInterrupt:  # typer would end without a word
+        keep_exit_code()
         typer.echo(f"\nlora-tune: interrupted; {_GOES_ON}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
@@ -362,6 +363,7 @@ def main() -> None:
         typer.echo(f"lora-tune: {redact(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        keep_exit_code()
         typer.echo(f"\nlora-tune: interrupted; {_GOES_ON}", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except Terminated:

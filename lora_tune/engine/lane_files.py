@@ -28,6 +28,7 @@ _NOT_TRAINING = frozenset(
         "eval_dtype",
         "eval_rows",
         "metrics",
+        "loss_limits",  # held against the points anew when they are replayed
         "start_folder",
         "result_folder",
         "state_folder",

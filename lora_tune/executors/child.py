@@ -62,6 +62,7 @@ class _Child:
         self.link = link
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.told_at = 0.0
+        self.limit = 0  # lanes, as last told
 
     def serve(self) -> None:
         """Open the worker and do what is asked until told to stop."""
@@ -108,7 +109,11 @@ class _Child:
         if isinstance(message, Submit):
             worker.submit(message.job)
         elif isinstance(message, Limit):
-            worker.max_lanes = message.max_lanes
+            # what it has lowered itself, when memory ran out, stays so
+            halved = worker.max_lanes < self.limit
+            lanes = message.max_lanes
+            worker.max_lanes = min(worker.max_lanes, lanes) if halved else lanes
+            self.limit = lanes
         elif isinstance(message, Ask):
             self.link.send(Answered(worker.answer(message.question)))
         elif isinstance(message, Stop):

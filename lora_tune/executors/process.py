@@ -127,7 +127,8 @@ class _Child:
     crash: str = ""  # what it said before it ended
     heard_at: float = 0.0
     longest_gap: float = 0.0
-    has_ended_lanes: bool = False
+    asked: bool = False  # a question that it has not answered
+    ended_kinds: set[tuple[object, ...]] = field(default_factory=set)  # of jobs; see ``_kind_of``
     host_lanes: int | None = None  # most jobs, after the host's memory did not hold more
     host_kills: int = 0
     alone: bool = False  # it has a job that is tried alone
@@ -155,7 +156,7 @@ class ProcessExecutor:
         self.settings = settings
         self.on_step = on_step
         self._note = note
-        self._max_lanes = settings.lanes
+        self._max_lanes = self._slots = settings.lanes
         self._task = b""
         self._children = [_Child(index) for index in range(settings.workers)]
         self._waiting: list[_Held] = []
@@ -205,7 +206,7 @@ class ProcessExecutor:
     def max_lanes(self, lanes: int) -> None:
         if lanes == self._max_lanes:
             return
-        self._max_lanes = lanes
+        self._max_lanes, self._slots = lanes, max(self._slots, lanes)
         for child in self._children:
             if child.ready:
                 self._send(child, Limit(self._lanes_of(child)))
@@ -269,6 +270,7 @@ class ProcessExecutor:
         """
         for _ in range(MOST_FAILURES):
             child = self._any_ready()
+            child.asked, child.heard_at = True, time.monotonic()
             self._send(child, Ask(question))
             while not self._answers and child.ready:
                 with signals.deferred():
@@ -279,9 +281,13 @@ class ProcessExecutor:
 
     def save_states(self) -> None:
         """Have every child save its lanes, and end; wait for that, but not for ever."""
+        self.on_step = lambda: None  # who shows it may have gone
         for child in self._children:
             if child.ready:
                 self._send(child, Stop())
+            elif child.process is not None:  # it has nothing to save
+                child.process.kill()
+                self._hang_up(child)
         until = time.monotonic() + self.settings.save_s
         while any(c.ready and not c.stopped for c in self._children) and time.monotonic() < until:
             for child in self._links_with_news():
@@ -337,6 +343,7 @@ class ProcessExecutor:
         for child in self._children:
             if child.ready and child.waits and child.jobs:
                 child.waits = False
+                child.heard_at = time.monotonic()  # until now it was to be silent
                 self._send(child, Continue())
 
     def _shunned(self, held: _Held) -> set[int]:
@@ -388,13 +395,15 @@ class ProcessExecutor:
                 start_new_session=True,  # Ctrl-C is for the coordinator, which then asks it to stop
             )
             child.link = Connection(ours.detach())
-        child.crash, child.ready, child.alone, child.stopped = "", False, False, False
+        child.crash, child.ready, child.alone = "", False, False
+        child.stopped, child.asked = False, False
         child.heard_at = time.monotonic()
 
     def _send_task(self, child: _Child) -> None:
         """Send a child its task from a thread: it may be large, and is read when the child has imported."""
         link, task = child.link, self._task
         assert link is not None
+        child.heard_at = time.monotonic()
 
         def send() -> None:
             with suppress(OSError):  # it died: seen when its pipe is read
@@ -458,6 +467,7 @@ class ProcessExecutor:
         except (EOFError, OSError, pickle.UnpicklingError):
             if while_stopping:
                 child.ready = False
+                self._hang_up(child)
                 return
             self._bury(child, self._why(child))
             return
@@ -472,11 +482,13 @@ class ProcessExecutor:
             self._note_progress(child, message)
             self.on_step()
         elif isinstance(message, Ended):
-            child.has_ended_lanes, child.failures, child.blamed = True, 0, False
-            child.waits = True
+            child.failures, child.blamed, child.waits = 0, False, True
             self._pack_peaks += message.pack_peaks
             for outcome in message.outcomes:
-                self._acquit(child, child.jobs.pop(outcome.trial, None))
+                held = child.jobs.pop(outcome.trial, None)
+                if held is not None and outcome.evaluation is not None:
+                    child.ended_kinds.add(_kind_of(held.job))
+                self._acquit(child, held)
                 self._outcomes.append(self._seated(child, outcome))
             child.alone = child.alone and bool(child.jobs)
             self._note_progress(child, message.progress)
@@ -487,7 +499,7 @@ class ProcessExecutor:
         elif isinstance(message, Note):
             self._note(message.text)
         elif isinstance(message, Answered):
-            child.failures = 0
+            child.failures, child.asked = 0, False
             self._answers = [message.value]
         elif isinstance(message, Refused):
             raise message.error
@@ -513,7 +525,7 @@ class ProcessExecutor:
         span = outcome.span
         if span is None:
             return outcome
-        slot = child.index * self.settings.lanes + span.slot
+        slot = child.index * self._slots + span.slot
         return replace(
             outcome, span=LaneSpan(slot=slot, began_s=span.began_s, ended_s=span.ended_s)
         )
@@ -540,10 +552,14 @@ class ProcessExecutor:
         return f"worker {child.index}" if len(self._children) > 1 else "the worker"
 
     def _most_silence(self, child: _Child) -> float:
+        longest = self.settings.longest_silence_s
+        if child.asked:
+            return longest
         if not child.jobs and child.ready:
             return float("inf")
-        longest = self.settings.longest_silence_s
-        if not child.has_ended_lanes:  # an evaluation may take longer than any step
+        # An evaluation of other rows or in another type may take longer than anything before.
+        kinds = {_kind_of(held.job) for held in child.jobs.values()}
+        if not child.ready or kinds - child.ended_kinds:
             return longest
         return min(longest, max(self.settings.least_silence_s, SILENT_GAPS * child.longest_gap))
 
@@ -580,10 +596,10 @@ class ProcessExecutor:
         child.ready, child.progress, child.crash = False, _NO_PROGRESS, death.reason
         child.jobs.clear()
         child.failures += 1
-        for held in jobs:
+        for held in jobs if not child.out else ():  # else it was ended from here
             held.deaths += 1
             held.died_on.add(child.index)
-        if was_alone and jobs and jobs[0].deaths > MOST_DEATHS:
+        if was_alone and not child.out and jobs and jobs[0].deaths > MOST_DEATHS:
             guilty = jobs.pop()
             self._outcomes.append(_failed(guilty.job, death))
             for index in guilty.died_on:  # the fault was the job's
@@ -620,6 +636,11 @@ class ProcessExecutor:
         self._note(
             f"{name} died: {death.reason}. It is started again; its lanes go on from where they were saved."
         )
+
+
+def _kind_of(job: LaneJob) -> tuple[object, ...]:
+    """Return what the time of a job's evaluation depends on."""
+    return job.rung, job.eval_split, job.eval_rows, job.eval_dtype, job.metrics
 
 
 def _failed(job: LaneJob, death: Death) -> LaneOutcome:

@@ -8,12 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_tune.errors import LoraTuneError, ModelError
-from lora_tune.records import EvalResult, LaneJob, LaneOutcome, LaneReading, Point, TrialState
+from lora_tune.records import EvalResult, LaneJob, LaneOutcome, LaneReading, LaneSpan, TrialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class SleepingTask:
 class _Lane:
     job: LaneJob
     step: int
-    points: list[Point] = field(default_factory=list)
+    slot: int = 0
 
 
 class SleepingWorker:
@@ -75,7 +75,9 @@ class SleepingWorker:
     def submit(self, job: LaneJob) -> None:
         path = self._state(job)
         step = int(path.read_text()) if path.exists() else job.start_step
-        self.lanes.append(_Lane(job, step))
+        taken = {lane.slot for lane in self.lanes}
+        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        self.lanes.append(_Lane(job, step, slot))
 
     def wait(self) -> list[LaneOutcome]:
         while self.lanes:
@@ -157,6 +159,7 @@ class SleepingWorker:
             trial=lane.job.trial,
             rung=lane.job.rung,
             state=TrialState.COMPLETE,
+            span=LaneSpan(slot=lane.slot, began_s=0.0, ended_s=1.0),
             evaluation=EvalResult(
                 split=lane.job.eval_split,
                 loss_sums=(loss * 10,) * 8,
@@ -177,3 +180,7 @@ def die_when_asked(worker: SleepingWorker) -> None:
 
 def refuse_when_asked(worker: SleepingWorker) -> None:
     raise LoraTuneError("no answer to that")
+
+
+def sleep_when_asked(worker: SleepingWorker) -> None:
+    time.sleep(60)

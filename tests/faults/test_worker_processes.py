@@ -19,6 +19,7 @@ from sleeping_worker import (
     ask_for_pid,
     die_when_asked,
     refuse_when_asked,
+    sleep_when_asked,
 )
 
 from lora_tune.errors import LoraTuneError, MachineError, ModelError
@@ -117,6 +118,7 @@ def test_jobs_of_two_children_come_back_once_with_slots_of_their_own(
     assert all(outcome.state is TrialState.COMPLETE for outcome in outcomes.values())
     assert set(steps_taken(tmp_path).values()) == {1}
     assert len({line.split()[3] for line in (tmp_path / "steps").read_text().splitlines()}) == 2
+    assert {outcome.span.slot // 2 for outcome in outcomes.values() if outcome.span} == {0, 1}
     assert pool.executor.num_tokens == 9 * STEPS * 10
     assert pool.executor.memory_bytes() == 1000
 
@@ -308,6 +310,30 @@ def test_lanes_are_saved_where_they_are_when_the_study_is_stopped(
     for n in range(4):
         saved = int((tmp_path / f"{n}-0").read_text())
         assert saved == max(step for trial, step in taken if trial == n) > 3
+
+
+def test_child_that_waits_long_for_its_jobs_is_not_taken_for_one_that_hangs(
+    pool_of: Callable[..., Pool], tmp_path: Path
+) -> None:
+    pool = pool_of(lanes=2, longest_silence_s=1.0, least_silence_s=1.0)
+    pool.open(SleepingTask(folder=tmp_path, step_s=0.005))
+    for n in range(2):
+        pool.executor.submit(job_of(n, steps=20 * (n + 1)))
+    ended = pool.executor.wait()
+    time.sleep(1.5)  # the coordinator records, or waits for a database
+    while pool.executor.busy:
+        ended += pool.executor.wait()
+    assert [outcome.state for outcome in ended] == [TrialState.COMPLETE] * 2
+    assert not pool.deaths()
+
+
+def test_child_that_hangs_over_a_question_is_replaced(
+    pool_of: Callable[..., Pool], tmp_path: Path
+) -> None:
+    pool = pool_of(longest_silence_s=2.0)
+    pool.open(SleepingTask(folder=tmp_path))
+    with pytest.raises(MachineError, match="without a sign of life"):
+        pool.executor.answer(sleep_when_asked)
 
 
 def test_children_end_with_the_process_that_started_them(tmp_path: Path) -> None:
