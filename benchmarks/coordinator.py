@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 
 import psutil
+from machine import describe_run
 
 MIB = 2**20
 IMPORTS = (
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    found = measure(options.study)
+    found = describe_run("cpu") | {"coordinator": measure(options.study)}
     text = json.dumps(found, indent=1) + "\n"
     print(text, end="")
     if options.output is not None:

@@ -356,7 +356,8 @@ def check_whole(study: Path, *, reference: Path, tolerance: float = 0.0) -> Coun
     """
     trials, expected = trial_table(study), trial_table(reference)
     told, expected_told = optuna_table(study), optuna_table(reference)
-    found = _census(trials, expected) + _census(told, expected_told)
+    found = _census(trials, expected)
+    found.update(_census(told, expected_told))  # unlike a sum this keeps the zeros
     assert not +found, found
     left = leftovers(study)
     assert not left, left
