@@ -236,6 +236,7 @@ def guarded(work: Callable[[], list[float]], cell: Cell, *, lanes: int) -> Readi
     """Return step times, rates and memory of ``work``, or that memory ran out."""
     steps: list[float] = []
     error = None
+    gc.collect()
     forget_peak(cell.device)
     try:
         steps = work()

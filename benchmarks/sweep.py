@@ -25,6 +25,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -409,19 +410,15 @@ def describe_sweep(sweep: Sweep, model: str) -> Result:
     }
 
 
-def run_child(arm: str, plan: Path, choice: object, work: Path) -> Result:
-    """Run an arm in a fresh process and return its result.
-
-    Raises:
-        SystemExit: It failed; what it said is on the terminal.
-    """
+def run_child(arm: str, plan: Path, choice: object, work: Path) -> Result | None:
+    """Run an arm in a fresh process and return its result; None if it failed and said why."""
     output = work / f"arm-{arm}.json"
     script = Path(__file__).with_name("sweep_arms.py")
     command = [sys.executable, str(script), arm, str(plan), str(output)]
     if choice is not None:
         command.append(json.dumps(choice))
     if subprocess.run(command, check=False).returncode != 0:
-        raise SystemExit(f"arm {arm} ({ARMS[arm]}) failed; the arms before it are in the result")
+        return None
     return read_result(output)
 
 
@@ -448,6 +445,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="for all arms; default: each arm's fastest",
     )
     add("--device", choices=("cpu", "cuda"), default=default_device())
+    add("--minutes", type=float, default=math.inf, help="begin no arm after so many")
     add("--output", type=Path, help="default benchmarks/results/sweep-<device>.json")
     add("--table", type=Path, metavar="FILE.json", help="print a result file's tables and stop")
     options = parser.parse_args(arguments)
@@ -469,6 +467,7 @@ def main() -> None:
     if options.table is not None:
         print(tables(read_result(options.table)))
         return
+    began = time.monotonic()
     quiet_transformers()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -480,14 +479,25 @@ def main() -> None:
         result = merged(head, describe_sweep(sweep, options.model), earlier)
         arms = result["arms"]
         assert isinstance(arms, dict)
+        failed = []
         for arm in sorted(options.arms):
+            if time.monotonic() - began > 60 * options.minutes:
+                print(f"{arm} {ARMS[arm]}: not begun, --minutes are over", flush=True)
+                continue
             choice = arms.get(SAME_CHOICE.get(arm), {}).get("settings")
-            arms[arm] = run_child(arm, plan, choice, work)
+            found = run_child(arm, plan, choice, work)
+            if found is None:
+                failed.append(arm)
+                continue
+            arms[arm] = found
             write_result(options.output, summarize(result))
             shown = arms[arm].get("makespan_s")
             print(f"{arm} {ARMS[arm]}: {shown if shown is None else f'{shown:.1f} s'}", flush=True)
-    print()
-    print(tables(read_result(options.output)))
+    if options.output.is_file():
+        print()
+        print(tables(read_result(options.output)))
+    if failed:
+        sys.exit(f"failed: {', '.join(f'{arm} ({ARMS[arm]})' for arm in failed)}")
 
 
 if __name__ == "__main__":

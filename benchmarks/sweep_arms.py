@@ -52,7 +52,7 @@ from lora_tune.engine.loss import label_losses
 from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.engine.memory_reading import open_meter
 from lora_tune.engine.pack import PackSettings, TrialPack
-from lora_tune.engine.probe import Probe, ProbeOptions, measure_tokens_per_s
+from lora_tune.engine.probe import Probe, ProbeOptions, by_product_speed, measure_tokens_per_s
 from lora_tune.executors.in_process import InProcessExecutor
 from lora_tune.records import EvalResult, LaneJob, LaneOutcome, TokenizedRow, TrialConfig
 
@@ -96,11 +96,6 @@ class Sweep:
         if self.compute_dtype != "auto":
             return (self.compute_dtype,)
         return CPU_DTYPES if self.device == "cpu" else ("bfloat16",)
-
-    @property
-    def trainer_dtypes(self) -> tuple[str, ...]:
-        """Compute types that the Trainer tries."""
-        return (self.compute_dtype,) if self.compute_dtype != "auto" else CPU_DTYPES
 
     @property
     def largest(self) -> TrialConfig:
@@ -307,7 +302,7 @@ def choose_plan(sweep: Sweep) -> Result:
     options = ProbeOptions(
         micro_batch_sizes=(sweep.batch,) if fixed else sizes,
         most_lanes=lambda size: 1 if fixed else trials,
-        compute_dtypes=sweep.dtypes,
+        compute_dtypes=by_product_speed(sweep.dtypes) if sweep.device == "cpu" else sweep.dtypes,
         study_tokens=float(sum(_tokens(sweep, config) for config in sweep.configs)),
         most_study_s=float("inf"),
     )
@@ -344,7 +339,7 @@ def choose_one_lane(sweep: Sweep) -> Result:
 
 def choose_trainer(sweep: Sweep) -> TrainerSettings:
     """Return the fastest way of the Trainer: type and autocast at the whole batch, then micro-batches."""
-    whole = trainer_choices(sweep.trainer_dtypes, [sweep.batch], effective_batch_size=sweep.batch)
+    whole = trainer_choices(sweep.dtypes, [sweep.batch], effective_batch_size=sweep.batch)
     model: list[nn.Module] = []
     loaded: list[str] = []
 

@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 
+import bitsandbytes
 import torch
 from vram_stacks import WARM_STEPS
 
@@ -125,6 +126,10 @@ def clear_away(machine: Machine) -> int:
     gc.collect()
     if machine.device.type != "cuda":
         return 0
+    # bitsandbytes never frees the pages of paged optimizers: what they take is there before the next
+    pages = bitsandbytes.functional.GlobalPageManager.get_instance().paged_tensors
+    machine.idle_bytes += sum(page.nbytes for page in pages)
+    pages.clear()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

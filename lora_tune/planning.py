@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,6 +238,11 @@ def make_lock(
         speed=None,
         num_devices=draft.plan.num_devices,
     )
+    if not base.flat:
+        note(
+            f"the attention of {type(base.model).__name__} cannot be cut into rows, so the rows of a pass "
+            "are padded to its longest one: it trains slower than others of its size."
+        )
     plan = _measure(draft, inputs, base, drafted, note, clock)
     begins_s = load_s + plan.probe_s
     planned = _forecast(spec, plan, data, sizes, num_anchors, load_s=begins_s)
@@ -256,7 +261,7 @@ def make_lock(
         model=_identity(inputs, base),
         data=data.fingerprint,
         notes=(*inputs.notes, *draft.notes, *planned.notes),
-        versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        versions={"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
         hardware=_hardware(inputs.device),
         plan=plan,
         rungs=planned.plan.rungs,
@@ -266,6 +271,18 @@ def make_lock(
         study_plan=planned.plan,
         forecast=planned.forecast,
     )
+
+
+def _version(package: str) -> str:
+    """Return a package's version; what runs from a source tree alone is not installed.
+
+    >>> _version("no-such-package")
+    'not installed'
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def plan_again(inputs: Inputs, lock: StudyLock) -> StudyLock:

@@ -1,8 +1,10 @@
 """Being asked to stop: SIGINT, SIGTERM and SIGHUP end a study between two steps, with all of it saved.
 
-The first signal raises ``KeyboardInterrupt`` or ``Terminated`` in the main thread, at once or, within
-``deferred``, when that is left: a message or an optimizer step is not cut in two. A second signal ends the
-process on the spot. What a process is told by signals is its own, so the state is this module's.
+The first signal raises ``KeyboardInterrupt`` or ``Terminated`` in the main thread: at once or, within
+``deferred``, where ``check`` is called. A study runs within ``deferred``, so that no signal cuts a message,
+an optimizer step or a transaction in two; libraries do not expect to be left just anywhere, and what is
+raised in a destructor or a callback gets lost. A second signal ends the process on the spot. What a process
+is told by signals is its own, so the state is this module's.
 """
 
 import ctypes
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from lora_tune.errors import Terminated
 
@@ -31,22 +34,25 @@ class _State:
     received_at = 0.0
     raised = False
     depth = 0
+    patience: float | None = None  # seconds, of what runs within ``at_latest``
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Let the signals stop what runs meanwhile; those that are ignored, as under nohup, stay so."""
-    _State.received, _State.raised, _State.depth = None, False, 0
+    _forget()
     previous = {
         number: signal.signal(number, _receive)
         for number in _STOPPING
         if signal.getsignal(number) is not signal.SIG_IGN
     }
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, _lose_patience)
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        _forget()
 
 
 @contextmanager
@@ -61,10 +67,73 @@ def deferred() -> Iterator[None]:
         check()
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Within ``deferred``, let a signal raise anywhere: for what takes long and may be left at any point."""
+    depth, _State.depth = _State.depth, 0
+    try:
+        with _keeping_what_is_raised():
+            check()
+            yield
+    finally:
+        _State.depth = depth
+
+
+@contextmanager
+def at_latest(seconds: float) -> Iterator[None]:
+    """Within ``deferred``, let a signal that was held back so long raise anywhere: for what may block."""
+    before, _State.patience = _State.patience, seconds
+    _set_alarm()
+    try:
+        with _keeping_what_is_raised():
+            yield
+    finally:
+        _State.patience = before
+        _set_alarm()
+
+
+@contextmanager
+def _keeping_what_is_raised() -> Iterator[None]:
+    """Raise again what a signal raised and a library swallowed, or made another error of."""
+    before = _State.raised
+    try:
+        yield
+    except Exception:
+        if _State.raised and not before:
+            _raise()
+        raise
+    if _State.raised and not before:
+        _raise()
+
+
 def check() -> None:
     """Raise what a signal that was held back stands for, once."""
-    if _State.received is None or _State.raised:
-        return
+    if _State.received is not None and not _State.raised:
+        _raise()
+
+
+def was_raised() -> bool:
+    """Return whether a signal is on the way to ending what runs."""
+    return _State.raised
+
+
+def _forget() -> None:
+    _State.received, _State.raised, _State.depth, _State.patience = None, False, 0, None
+
+
+def _set_alarm() -> None:
+    """Have a signal that is held back raise in time, if what runs now may not block for long."""
+    if _State.received is not None:
+        held_back = not _State.raised and _State.patience is not None
+        signal.setitimer(signal.ITIMER_REAL, (_State.patience or 0.0) if held_back else 0.0)
+
+
+def _lose_patience(number: int, frame: FrameType | None) -> None:
+    if _State.patience is not None:
+        check()
+
+
+def _raise() -> NoReturn:
     _State.raised = True
     raise KeyboardInterrupt if _State.received == signal.SIGINT else Terminated
 
@@ -87,3 +156,4 @@ def _receive(number: int, frame: FrameType | None) -> None:
     _State.received, _State.received_at = number, now
     if _State.depth == 0:
         check()
+    _set_alarm()

@@ -6,7 +6,7 @@ The same command begins a study, goes on with one that was interrupted, and leav
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from lora_tune.data import row_clusters
 from lora_tune.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lora_tune.engine.base import quiet_transformers
 from lora_tune.engine.memory_reading import MemoryMeter, open_meter
-from lora_tune.errors import DataError, StoreError, StudyFileError, Terminated
+from lora_tune.errors import DatabaseAwayError, DataError, StoreError, StudyFileError, Terminated
 from lora_tune.executors.behaviour import BehaviourPlan, Subject, subjects_of
 from lora_tune.executors.interface import Executor
 from lora_tune.executors.process import WorkerLostError
@@ -132,11 +132,13 @@ def run_study(
     if (begun := store.load_lock()) is not None:
         _check_unchanged(spec, begun)
     with ExitStack() as closing_all:
+        closing_all.enter_context(signals.deferred())
         closing_all.enter_context(naming_full_disk(store.path))
         # It starts while the inputs are read: importing torch and its like takes longer than that.
         crew = Crew(spec, log_folder=store.path / LOG_FOLDER, note=view.note)
         closing_all.callback(crew.close)
-        inputs = _read_study(spec, study_file, begun, view, allow_code=allow_code)
+        with signals.at_once():
+            inputs = _read_study(spec, study_file, begun, view, allow_code=allow_code)
         closing_all.enter_context(store.owned())
         closing_all.callback(crew.close)  # before the study is given back
         for text in store.tidy():
@@ -327,15 +329,17 @@ def train(
                 return
             ended = executor.wait()
             while ended:
-                with signals.deferred():
-                    outcome = ended.pop(0)
-                    source.take(outcome)
+                outcome = ended.pop(0)
+                source.take(outcome)
                 track(outcome)
             told()
+            signals.check()
     except BaseException:
         executor.save_states()
         for outcome in (*ended, *executor.ended()):
-            source.take(outcome)
+            # Its record is there by then, and it is told when the study goes on.
+            with suppress(DatabaseAwayError):
+                source.take(outcome)
         raise
 
 

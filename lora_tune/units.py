@@ -47,3 +47,12 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    >>> plural(1, "trial"), plural(2, "trial"), plural(4915, "row")
+    ('1 trial', '2 trials', '4,915 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

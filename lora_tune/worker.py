@@ -33,6 +33,7 @@ from lora_tune.records import (
     StudyLock,
     TokenizedRow,
 )
+from lora_tune.store.gpu_claims import claim_gpu
 from lora_tune.study.spec import StudySpec
 from lora_tune.units import format_bytes
 
@@ -94,6 +95,7 @@ class StudyTask:
             base_dir=self.study_file.parent,
         )
         meter = self.meter_of(inputs.device)
+        _note_shared_gpu(meter, note)
         if self.lock is not None:
             base, lock = load_base(inputs, self.lock), self.lock
         else:
@@ -147,7 +149,6 @@ class StudyWorker:
         self._split = "train"
         self._executor = self._train_on(self._split)
         self._earlier_tokens = 0
-        self._ended: list[LaneOutcome] = []
 
     @property
     def pack(self) -> TrialPack:
@@ -227,15 +228,12 @@ class StudyWorker:
         self._executor.submit(job)
 
     def wait(self) -> list[LaneOutcome]:
-        """Train until at least one lane has ended; no signal cuts a step in two."""
-        with signals.deferred():
-            self._ended += self._executor.wait()
-        return self.ended()
+        """Train until at least one lane has ended."""
+        return self._executor.wait()
 
     def ended(self) -> list[LaneOutcome]:
-        """Return the outcomes that a signal kept ``wait`` from returning."""
-        outcomes, self._ended = self._ended, []
-        return outcomes
+        """Return no outcome: ``wait`` has returned them all."""
+        return []
 
     def save_states(self) -> None:
         """Save the state of every lane that trains."""
@@ -246,7 +244,8 @@ class StudyWorker:
 
     def answer(self, question: "Callable[[StudyWorker], object]") -> object:
         """Return what a question comes to."""
-        return question(self)
+        with signals.at_once():
+            return question(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +320,8 @@ class Crew:
             LoraTuneError: The base cannot be used, or nothing fits, or no child can be started.
         """
         if self._pool is None:
-            worker = task.open(self._note)
+            with signals.at_once():  # a base may take minutes to load
+                worker = task.open(self._note)
             self.executor = worker
             return worker.opened
         task = replace(task, inputs=pickle.dumps(task.inputs))
@@ -369,6 +369,16 @@ def without_tokens(inputs: Inputs) -> Inputs:
             confirmation=bare(data.confirmation),
         )
     )
+
+
+def _note_shared_gpu(meter: MemoryMeter, note: Note) -> None:
+    """Say that another study of this user trains on the same GPU."""
+    if meter.device_id and (other := claim_gpu(meter.device_id)) is not None:
+        note(
+            f"another study trains on this {meter.device_name} ({other}): they share its memory, of which "
+            f"{format_bytes(meter.free_bytes)} are free now, and its speed. CUDA_VISIBLE_DEVICES gives one a "
+            "GPU of its own."
+        )
 
 
 def _note_less_memory(meter: MemoryMeter, lock: StudyLock, note: Note) -> None:

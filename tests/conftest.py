@@ -1,6 +1,7 @@
 """Small real things shared by the tests: tiny models with random weights, rows, jobs."""
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,12 @@ from lora_tune.records import TokenizedRow
 
 if TYPE_CHECKING:
     from lora_tune.engine.memory_reading import MemoryPeaks
+
+for _number in (signal.SIGINT, signal.SIGHUP):
+    # Under nohup, or in the background of a script, these are ignored, and programs that tests start would
+    # inherit that. A handler that does nothing they do not inherit.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 collect_ignore = ["faults/fuzz_with_atheris.py"]  # a program that imports what is no dependency
 
@@ -68,6 +75,7 @@ class ReplayMeter:
     """A GPU's memory meter that replays given peaks: the n-th after the n-th restart, then the last."""
 
     device_name = "Replay 9000"
+    device_id = ""
 
     def __init__(
         self, free_bytes: int, peaks: Sequence[tuple[int, int, int]], *, shown: int = 1

@@ -13,6 +13,7 @@ import pytest
 from test_end_to_end import STUDY, WORDS, copy_of
 from test_end_to_end import workplace as workplace  # the fixture
 
+from lora_tune.engine import base as base_module
 from lora_tune.engine.base import BaseModel
 from lora_tune.planning import draft_plan, load_base, make_lock, plan_again, read_inputs
 from lora_tune.records import ProgressState, StudyLock
@@ -23,7 +24,7 @@ from lora_tune.study.loader import load_study
 from lora_tune.tuner import run_study
 from lora_tune.units import GIB
 
-OVERHEAD_S = 0.1
+OVERHEAD_S = 0.04
 RATE = 1000.0
 AUTO = {"lanes = 2": "", "max_steps = 12": "max_steps = 1200", "trials = 8": "trials = 64"}
 
@@ -93,6 +94,15 @@ def test_lanes_rise_until_they_do_not_pay_and_the_curve_is_written_down(
     store = StudyFolder(tmp_path)
     store.save_lock(lock)
     assert store.load_lock() == lock
+
+
+def test_a_model_whose_rows_have_to_be_padded_is_named(
+    plan_with, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "the attention of LlamaForCausalLM cannot be cut into rows"
+    assert not any(said in note for note in plan_with({})[2])
+    monkeypatch.setattr(base_module, "attend_by_rows", lambda model, layout: False)
+    assert [said in note for note in plan_with({})[2]].count(True) == 1
 
 
 def test_the_probe_of_a_short_study_is_cut_and_says_so(plan_with) -> None:

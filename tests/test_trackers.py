@@ -8,9 +8,13 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -23,12 +27,13 @@ from test_end_to_end import STUDY, copy_of
 from test_end_to_end import workplace as workplace  # the fixture
 from torch.utils.tensorboard import SummaryWriter
 
-from lora_tune.errors import MachineError
+from lora_tune import signals
+from lora_tune.errors import MachineError, Terminated
 from lora_tune.records import LaneOutcome, Point, ProgressState, StudySnapshot, TrialState
 from lora_tune.search.plan import hold_step_of
 from lora_tune.store.folder import StudyFolder
 from lora_tune.study.loader import load_study
-from lora_tune.trackers import check_trackers, open_trackers
+from lora_tune.trackers import check_trackers, open_trackers, writer
 from lora_tune.tuner import run_study
 
 NETWORK_GUARD = """
@@ -259,6 +264,39 @@ def test_the_runs_of_a_tracker_that_fails_are_finished_all_the_same(
     trackers.close()
     assert len(notes) == 1
     assert sorted(closed) == ["trial-0000", "trial-0001", "trial-0002"]
+
+
+def test_a_tracker_that_hangs_does_not_hold_up_who_stops_the_study(
+    tracked: StudySnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, hung = threading.Event(), threading.Event()
+
+    def hang(_: SummaryWriter) -> None:
+        hung.set()
+        goes_on.wait(60)
+
+    monkeypatch.setattr(SummaryWriter, "close", hang)
+    monkeypatch.setattr(writer, "FINISH_S", 0.2)
+    running = [replace(record, state=TrialState.RUNNING) for record in tracked.trials]
+    trackers = open_trackers(
+        ("tensorboard",), tracked.lock, tmp_path, cooldown_ratio=0.2, note=print
+    )
+
+    def stopped() -> None:
+        with signals.stoppable(), signals.deferred(), closing(trackers):
+            trackers.catch_up(running[:1], None)
+            os.kill(os.getpid(), signal.SIGTERM)
+            signals.check()
+
+    began = time.monotonic()
+    with pytest.raises(Terminated):
+        stopped()
+    assert time.monotonic() - began < 10
+    assert hung.is_set()
+    goes_on.set()
+    for thread in threading.enumerate():
+        if thread.name == writer.FINISHING:
+            thread.join(10)
 
 
 def copy_of_study(tracked: StudySnapshot, target: Path) -> Path:

@@ -21,6 +21,7 @@ from lora_tune.data.splits import KeyedRow, Splits, split_rows, split_with_eval,
 from lora_tune.errors import DataError
 from lora_tune.records import DataFingerprint, PreparedData, TokenizedRow
 from lora_tune.study.spec import DataSection
+from lora_tune.units import plural
 
 _HEAD_ROWS = 200  # rows that are looked at to find the format
 _BATCH_ROWS = 256  # rows tokenized together, fewer if they are long
@@ -203,21 +204,22 @@ class _Source:
     def notes(self, data: DataSection) -> Iterator[str]:
         """Say what was detected, dropped and cut, a sentence each."""
         how = "detected" if data.format == "auto" else "as data.format says"
-        yield f"{self.name}: {self.num_read} rows, format {self.format} ({how})."
+        yield f"{self.name}: {plural(self.num_read, 'row')}, format {self.format} ({how})."
         if self.unused:
             yield f"{self.name}: not used: {brief_names(self.unused)}."
         if self.num_bad:
             reasons = ", ".join(f"{n} {reason}" for reason, n in self.faults.most_common())
             yield (
-                f"{self.name}: {self.num_bad} bad rows left out ({reasons}); the first is "
+                f"{self.name}: {plural(self.num_bad, 'bad row')} left out ({reasons}); the first is "
                 f"{self.first_faults[0]}."
             )
         if self.num_truncated:
-            yield f"{self.name}: {self.num_truncated} rows cut to {data.max_length} tokens."
+            yield f"{self.name}: {plural(self.num_truncated, 'row')} cut to {data.max_length} tokens."
         if self.num_unlabelled:
-            yield f"{self.name}: {self.num_unlabelled} rows left out, no token of them has a label."
+            rows = plural(self.num_unlabelled, "row")
+            yield f"{self.name}: {rows} left out for lack of a token with a label."
         if self.num_duplicates:
-            yield f"{self.name}: {self.num_duplicates} exact duplicates left out."
+            yield f"{self.name}: {plural(self.num_duplicates, 'exact duplicate')} left out."
 
 
 def _load(name: str, *, data: DataSection, encoder: Encoder, seed: int, base_dir: Path) -> _Source:

@@ -91,10 +91,11 @@ class BaseModel:
         """Keep only each decoder layer's input for backward, or everything.
 
         Only the layers' own flag is set: dropout modules inside them stay in eval mode, so that the
-        base never draws from a global generator.
+        base never draws from a global generator, whose state then need not be kept either.
         """
         if enabled:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            kept = {"use_reentrant": False, "preserve_rng_state": False}
+            self.model.activation_checkpointing_enable(kept)  # type: ignore[operator]
         else:
             self.model.activation_checkpointing_disable()  # type: ignore[operator]
         for module in self.model.modules():
@@ -134,6 +135,9 @@ def load_base_model(
         MachineError: There is not memory enough for the model alone.
     """
     dtype = DTYPES[compute_dtype]
+    if device.startswith("cuda"):
+        # torch would prefer it on new GPUs; it builds a graph for every new row length, tens of milliseconds
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

@@ -34,6 +34,11 @@ class MemoryMeter(Protocol):
         ...
 
     @property
+    def device_id(self) -> str:
+        """The device's own identity, whatever number it is shown under; empty on a CPU."""
+        ...
+
+    @property
     def free_bytes(self) -> int:
         """What was free on the device when the meter was opened."""
         ...
@@ -59,6 +64,7 @@ class HostMeter:
     """A CPU: resident memory of this process, without peaks of a pack."""
 
     device_name = "cpu"
+    device_id = ""
 
     def __init__(self) -> None:
         self.free_bytes = int(psutil.virtual_memory().available)
@@ -95,6 +101,7 @@ class CudaMeter:
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.device_name = torch.cuda.get_device_name(self.device)
+        self.device_id = str(torch.cuda.get_device_properties(self.device).uuid)
         self.free_bytes = int(torch.cuda.mem_get_info(self.device)[0])
 
     def restart(self) -> None:
@@ -122,13 +129,17 @@ class CudaMeter:
         return int(torch.cuda.max_memory_allocated(self.device))
 
     def allocated_beside(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Return what torch's allocator has given out for anything else."""
+        """Return what torch's allocator was asked for and has given out for anything else.
+
+        Not the blocks it gave: those may be up to 1 MiB larger than the tensor in them.
+        """
         own = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in tensors
             if tensor.device.type == "cuda"
         }
-        return int(torch.cuda.memory_allocated(self.device)) - sum(own.values())
+        requested = torch.cuda.memory_stats(self.device)["requested_bytes.all.current"]
+        return int(requested) - sum(own.values())
 
 
 def open_meter(device: str) -> MemoryMeter:

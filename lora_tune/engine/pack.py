@@ -296,9 +296,9 @@ class TrialPack:
         finally:
             layout.clear()
         back = np.argsort(order)
-        return Gradients(
-            losses_K[torch.from_numpy(back).to(losses_K.device)], [num_tokens[i] for i in back]
-        )
+        # by slices: an index tensor from the host would make the host wait for the device
+        in_turn = losses_K.unbind()
+        return Gradients(torch.stack([in_turn[i] for i in back]), [num_tokens[i] for i in back])
 
     def _backward(self, lanes: Sequence[Lane], batch: Batch, labels: Sequence[int]) -> Tensor:
         """Return each lane's share of its loss in this micro-batch; gradients go into the lanes."""

@@ -1,12 +1,14 @@
 """What only a measurement can decide: compute type on a CPU, rows a pass, and how many lanes pay.
 
-A reading is one pass to warm up and two measured ones, each forward, backward and an optimizer step:
-as little as gives an honest number. Gradients of earlier passes (accumulation) are in
-neither its time nor its peak. All readings use the same rows, those whose length is nearest to the mean
-of the training split: tokens/s compare, and a longest row decides nothing.
+A reading is as few passes as give an honest number, each forward, backward and an optimizer step. On a GPU
+one to warm up and two measured together. On a CPU, where passes of one plan differ by some per cent and only
+other work makes one slower: two of the first plan of a compute type, one of any other, and a second one of a
+plan that would otherwise be given up; the fastest counts. Gradients of earlier passes (accumulation) are in
+neither its time nor its peak. All readings use the same rows, those whose length is nearest to the mean of
+the training split: tokens/s compare, and a longest row decides nothing.
 
 On a CPU the compute type whose bare matrix products are faster is read first: a probe of a short study is
-cut after one reading, and stays in the type of that one.
+cut after one reading, and stays in the type of that one. A type whose products are far slower is not read.
 
 Where the study file leaves no choice its own plan is read if that can be afforded, by a single pass: the
 forecast needs its speed. The decision is a function of the readings, ``choose_reading``. Both are written to
@@ -14,8 +16,9 @@ forecast needs its speed. The decision is a function of the readings, ``choose_r
 """
 
 import gc
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
@@ -34,9 +37,13 @@ MOST_COST = 0.05
 # two cores with 1, 2, 4, 8 rows of 45 tokens a pass: 34, 55, 86, 121 tokens/s in float32 and 42, 72,
 # 113, 131 in bfloat16 (best of two).
 LEAST_PASS_TOKENS = 128
-PASSES = 3  # of a reading: one to warm up, two measured
+MOST_PASSES = 3  # of a reading
 # Rows, in and out features of the bare product: of a small layer and pass.
 _PRODUCT = (256, 1024, 1024)
+_PRODUCTS = 8
+# A type whose products take so many times the fastest's is not read: products are over half of a step, so
+# what else a step does cannot make up for them.
+HOPELESS_PRODUCTS = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,20 +120,21 @@ def by_product_speed(
 ) -> tuple[str, ...]:
     """Return compute types by the time of a bare matrix product on the CPU, the fastest first.
 
-    The better of three, after one to warm up; some milliseconds in all. Equal types keep their order.
+    Those that take ``HOPELESS_PRODUCTS`` times the fastest's are left out. The best of some, after one to
+    warm up; some milliseconds in all. Equal types keep their order.
     """
     rows, width, out = _PRODUCT
-    seconds = {}
-    for dtype in dtypes:
-        x_NI = torch.ones(rows, width, dtype=DTYPES[dtype])
-        w_OI = torch.ones(out, width, dtype=DTYPES[dtype])
-        taken = []
-        for _ in range(4):
+    taken: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+    for _ in range(_PRODUCTS):  # in turn, so that a moment of other work meets all types
+        for dtype in dtypes:
+            x_NI = torch.ones(rows, width, dtype=DTYPES[dtype])
+            w_OI = torch.ones(out, width, dtype=DTYPES[dtype])
             began = clock()
             torch.nn.functional.linear(x_NI, w_OI)
-            taken.append(clock() - began)
-        seconds[dtype] = min(taken[1:])
-    return tuple(sorted(dtypes, key=seconds.__getitem__))
+            taken[dtype].append(clock() - began)
+    seconds = {dtype: min(times[1:]) for dtype, times in taken.items()}
+    most_s = HOPELESS_PRODUCTS * min(seconds.values())
+    return tuple(d for d in sorted(dtypes, key=seconds.__getitem__) if seconds[d] <= most_s)
 
 
 def average_rows(rows: Sequence[TokenizedRow], count: int) -> tuple[TokenizedRow, ...]:
@@ -149,18 +157,19 @@ def measure_tokens_per_s(
     *,
     lanes: int,
     clock: Callable[[], float] = time.perf_counter,
-    one_pass: bool = False,
+    passes: int = MOST_PASSES,
 ) -> float:
-    """Return tokens/s of equal lanes over two optimizer steps, after one to warm up; or over one alone.
+    """Return tokens/s of equal lanes over optimizer steps of one pass each, at most ``MOST_PASSES`` of them.
 
-    On a CPU, where other work only ever makes a step slower, it is the better of the two. On a GPU
-    they are timed together: a step does not wait for the device, and is not made to.
+    On a CPU, where other work only ever makes a step slower, it is the best of them. On a GPU the first is to
+    warm up, since the allocator grows in the first pass of every new size, and the others are timed together:
+    a step does not wait for the device, and is not made to; so there are two at least.
     """
     pack = TrialPack(base, rows, settings)
     members = [pack.new_lane(_job(config)) for _ in range(lanes)]
     seconds = []
-    several = (1, 2) if base.device.type == "cuda" else (1, 1, 1)
-    for steps in (1,) if one_pass else several:
+    on_gpu = base.device.type == "cuda"
+    for steps in (1, max(1, passes - 1)) if on_gpu else (1,) * passes:
         begin = clock()
         for _ in range(steps):
             pack.train_step(members)
@@ -168,7 +177,11 @@ def measure_tokens_per_s(
             torch.cuda.synchronize(base.device)
         seconds.append((clock() - begin) / steps)
     pack.read()
-    return sum(lane.points[-1].num_tokens for lane in members) / min(seconds[1:] or seconds)
+    if not members[0].points:
+        # a loss was not finite: the lanes were put back to that step, and take it apart
+        pack.train_step(members)
+    fastest_s = seconds[-1] if on_gpu else min(seconds)
+    return sum(lane.points[-1].num_tokens for lane in members) / fastest_s
 
 
 class Probe:
@@ -218,22 +231,33 @@ class Probe:
         first, smallest = self._sizes[0], min(self.options.micro_batch_sizes)
         if not self.is_needed and self.options.given is None:
             return self._result(lanes=1, micro_batch_size=first)
+        self._warm_up(smallest)
         for dtype in self.options.compute_dtypes:
-            self._try(lanes=1, micro_batch_size=first, compute_dtype=dtype)
+            if not self._affordable(1, first, dtype):
+                self.cut = True
+                break
+            self._take(1, first, dtype)
         if self.kept.out_of_memory:  # the executor finds out which trials can train at all
             return self._result(lanes=1, micro_batch_size=smallest)
-        for size in self._sizes[1:]:
-            if not self._try(lanes=1, micro_batch_size=size):
-                break
-        if self.cut:  # not known, so as without a probe: the largest that fits
+        is_rising = self._climb((1, size) for size in self._sizes[1:])
+        if is_rising:  # the best is not known, so as without a probe: the largest that fits
             return self._result(lanes=1, micro_batch_size=self._sizes[-1])
-        chosen, lanes = self.kept.micro_batch_size, 2
-        while (size := self._size_for(lanes, at_most=chosen)) and self._try(
-            lanes=lanes, micro_batch_size=size
-        ):
-            lanes *= 2
+        self._climb(self._packs(at_most=self.kept.micro_batch_size))
         self._read_given()
         return self._result(lanes=self.kept.lanes, micro_batch_size=self.kept.micro_batch_size)
+
+    def _warm_up(self, micro_batch_size: int) -> None:
+        """Let a GPU load its kernels and libraries: seconds that any plan costs, once."""
+        if self.base.device.type != "cuda":
+            return
+        self._compute_in(self.options.compute_dtypes[0])
+        try:
+            self._measure(1, micro_batch_size, passes=1)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._free(failed=True)
+        self._began = self._clock()
 
     @property
     def is_needed(self) -> bool:
@@ -259,6 +283,36 @@ class Probe:
             cut=self.cut,
         )
 
+    def _climb(self, plans: Iterable[tuple[int, int]]) -> bool:
+        """Read plans, each of about twice the rows of the one before, as long as more rows pay.
+
+        Where one gives more, but not the tenth that it takes to be kept, the next one is read too: with twice
+        its gain that one would be kept. Doubling never gains more than it did before.
+
+        Returns:
+            Whether it was cut while every plan was kept.
+        """
+        was_kept = True
+        for lanes, micro_batch_size in plans:
+            if not self._affordable(lanes, micro_batch_size, self.kept.compute_dtype):
+                self.cut = True
+                return was_kept
+            reading = self._take(lanes, micro_batch_size, self.kept.compute_dtype)
+            if self.cut:
+                return was_kept
+            needed = self.kept.tokens_per_s * math.sqrt(1.0 + WORTHWHILE_GAIN)
+            if self.kept is not reading and not (was_kept and reading.tokens_per_s > needed):
+                return False
+            was_kept = self.kept is reading
+        return False
+
+    def _packs(self, *, at_most: int) -> Iterator[tuple[int, int]]:
+        """Yield 2, 4, ... lanes, each with the rows that they may have."""
+        lanes = 2
+        while size := self._size_for(lanes, at_most=at_most):
+            yield lanes, size
+            lanes *= 2
+
     def _size_for(self, lanes: int, *, at_most: int) -> int:
         """Return the largest micro-batch of which so many lanes fit, 0 if there is none."""
         for size in sorted(self.options.micro_batch_sizes, reverse=True):
@@ -272,24 +326,34 @@ class Probe:
             return
         lanes, size = self.options.given
         known = [(reading.lanes, reading.micro_batch_size) for reading in self.readings]
-        pass_s = self._passes_s(lanes * size, self.kept) / PASSES + lanes * self._setup_s
-        if (lanes, size) not in known and self._within_share(pass_s, self._study_s(1.0)):
-            self._take(lanes, size, self.kept.compute_dtype, one_pass=True)
-
-    def _try(self, *, lanes: int, micro_batch_size: int, compute_dtype: str = "") -> bool:
-        """Take a reading, unless that would take too long; return whether its plan is the best now."""
-        dtype = compute_dtype or self.kept.compute_dtype
-        if self.readings and not self._affordable(lanes * micro_batch_size, lanes):
-            self.cut = True
-            return False
-        reading = self._take(lanes, micro_batch_size, dtype)
-        return self.kept is reading
+        pass_s = lanes * size * self._row_s(self.kept) + lanes * self._setup_s
+        if (lanes, size) not in known and self._within_share(pass_s, self.kept.tokens_per_s):
+            self._take(lanes, size, self.kept.compute_dtype, passes=1)
 
     def _take(
-        self, lanes: int, micro_batch_size: int, dtype: str, *, one_pass: bool = False
+        self, lanes: int, micro_batch_size: int, dtype: str, *, passes: int | None = None
     ) -> ProbeReading:
-        """Take a reading and keep it."""
+        """Take a reading and keep it; a plan that it would give up is read again if that can be afforded."""
+        wanted = passes or self._passes_of(dtype)
         self._compute_in(dtype)
+        reading = self._read(lanes, micro_batch_size, dtype, wanted)
+        given_up = choose_reading([*self.readings, reading]) is not reading
+        if given_up and not reading.out_of_memory and passes is None and wanted == 1:
+            if self._affordable(lanes, micro_batch_size, dtype, as_slow_as=reading):
+                again = self._read(lanes, micro_batch_size, dtype, wanted)
+                reading = max(reading, again, key=lambda read: read.tokens_per_s)
+            else:  # not known whether only other work made it slow
+                self.cut = True
+        self.readings.append(reading)
+        return reading
+
+    def _passes_of(self, dtype: str) -> int:
+        """Return how many passes a reading takes."""
+        if self.base.device.type == "cuda":
+            return MOST_PASSES
+        return 1 if any(reading.compute_dtype == dtype for reading in self.readings) else 2
+
+    def _read(self, lanes: int, micro_batch_size: int, dtype: str, passes: int) -> ProbeReading:
         reading = ProbeReading(
             lanes=lanes,
             micro_batch_size=micro_batch_size,
@@ -300,46 +364,74 @@ class Probe:
         )
         began = self._clock()
         try:
-            tokens_per_s, peak = self._measure(lanes, micro_batch_size, one_pass=one_pass)
+            tokens_per_s, peak = self._measure(lanes, micro_batch_size, passes=passes)
             reading = replace(
                 reading, tokens_per_s=tokens_per_s, peak_bytes=peak, out_of_memory=False
             )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        self._free(reading)  # after the handler: the traceback holds the tensors
-        self.readings.append(reading)
+        # after the handler: the traceback holds the tensors
+        self._free(failed=reading.out_of_memory)
         if not reading.out_of_memory:
-            passes_s = self._passes_s(lanes * micro_batch_size, reading)
+            num_tokens = lanes * micro_batch_size * mean_length(self._rows)
+            passes_s = passes * num_tokens / reading.tokens_per_s
             self._setup_s = max(0.0, self._clock() - began - passes_s) / lanes
         return reading
 
-    def _affordable(self, num_rows: int, lanes: int) -> bool:
+    def _affordable(
+        self,
+        lanes: int,
+        micro_batch_size: int,
+        dtype: str,
+        *,
+        as_slow_as: ProbeReading | None = None,
+    ) -> bool:
         """Say whether the probe surely keeps to its share of the study with one more reading.
 
-        The reading is taken to be as fast as the best one so far, and the study, whose seconds the share
-        is of, to be faster in proportion to the rows.
+        The reading is taken to be as fast as the best one so far (of another type, as much slower as is read
+        at all; or ``as_slow_as`` an earlier one of this plan), and the study, whose seconds the share is of,
+        as fast as it could be with this plan, or with the one that is kept when the probe is cut here.
         """
-        best = self.kept
-        if best.out_of_memory:
+        if not self.readings or self.kept.out_of_memory:
             return True
-        growth = max(1.0, num_rows / (best.lanes * best.micro_batch_size))
-        reading_s = self._passes_s(num_rows, best) + lanes * self._setup_s
-        return self._within_share(reading_s, self._study_s(growth))
+        num_rows = lanes * micro_batch_size
+        row_s = self._row_s(as_slow_as or self.kept)
+        if dtype != self.kept.compute_dtype and as_slow_as is None:
+            row_s *= HOPELESS_PRODUCTS
+        seconds = self._passes_of(dtype) * num_rows * row_s + lanes * self._setup_s
+        most_rows = max(num_rows, self._sizes[-1]) if lanes == 1 else num_rows
+        return self._within_share(seconds, self._most_tokens_per_s(most_rows))
 
-    def _study_s(self, growth: float) -> float:
-        """Return the seconds of the study when it is ``growth`` times as fast as the best reading."""
-        return self.options.study_tokens / (self.kept.tokens_per_s * growth)
+    def _most_tokens_per_s(self, num_rows: int) -> float:
+        """Return more than a pass of so many rows can reach.
 
-    def _within_share(self, reading_s: float, study_s: float) -> bool:
+        The tokens/s of n rows are n / (overhead + n * seconds a row): doubling the rows gains less each time,
+        and less than it did between the two largest readings.
+        """
+        known: dict[int, float] = {}
+        for reading in self.readings:
+            if reading.compute_dtype == self.kept.compute_dtype and not reading.out_of_memory:
+                rows = reading.lanes * reading.micro_batch_size
+                known[rows] = max(reading.tokens_per_s, known.get(rows, 0.0))
+        largest, *smaller = sorted(known, reverse=True)
+        power = 1.0  # in proportion to the rows
+        if smaller:
+            gain = known[largest] / known[smaller[0]]
+            power = min(1.0, max(0.0, math.log(gain) / math.log(largest / smaller[0])))
+        reached: float = known[largest] * max(1.0, num_rows / largest) ** power
+        return max(reached, self.kept.tokens_per_s)
+
+    def _within_share(self, reading_s: float, tokens_per_s: float) -> bool:
         spent_s = self._clock() - self._began + reading_s
+        study_s = self.options.study_tokens / tokens_per_s
         return spent_s <= MOST_COST * min(study_s, self.options.most_study_s)
 
-    def _passes_s(self, num_rows: int, reading: ProbeReading) -> float:
-        return PASSES * num_rows * mean_length(self._rows) / reading.tokens_per_s
+    def _row_s(self, reading: ProbeReading) -> float:
+        return mean_length(self._rows) / reading.tokens_per_s
 
     def _measure(
-        self, lanes: int, micro_batch_size: int, *, one_pass: bool
+        self, lanes: int, micro_batch_size: int, *, passes: int
     ) -> tuple[float, int | None]:
         """Return tokens/s, and the peak of allocated bytes."""
         settings = replace(
@@ -355,7 +447,7 @@ class Probe:
             self.config,
             lanes=lanes,
             clock=self._clock,
-            one_pass=one_pass,
+            passes=passes,
         )
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return tokens_per_s, peak
@@ -364,9 +456,9 @@ class Probe:
         if self.base.compute_dtype != DTYPES[dtype]:
             self.base.set_compute_dtype(DTYPES[dtype])
 
-    def _free(self, reading: ProbeReading) -> None:
+    def _free(self, *, failed: bool) -> None:
         self.base.layout.clear()
-        if reading.out_of_memory:  # whatever it left behind; half a second, where there is nothing
+        if failed:  # whatever it left behind; half a second, where there is nothing
             gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -379,8 +471,8 @@ def _job(config: TrialConfig) -> LaneJob:
         rung=0,
         config=config,
         start_step=0,
-        hold_step=PASSES + 1,
-        end_step=PASSES + 1,
+        hold_step=MOST_PASSES + 1,
+        end_step=MOST_PASSES + 1,
         warmup_steps=0,
         eval_split="selection",
         eval_dtype="train",

@@ -145,7 +145,8 @@ def main(descriptor: int, modules: Sequence[str]) -> None:
         print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
         text = " ".join(str(error).split())
         link.send(Crashed(redact(f"{type(error).__name__}: {text}"[:500])))
-        sys.exit(EXIT_CRASHED)
+        # no tidying up: after an error of a GPU that can hang
+        os._exit(EXIT_CRASHED)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from lora_tune.engine.adapter_files import save_adapter
 from lora_tune.engine.base import DTYPES
 from lora_tune.engine.lane import Lane, save_state
 from lora_tune.engine.memory_errors import is_out_of_memory
-from lora_tune.engine.memory_guard import MemoryGuard
+from lora_tune.engine.memory_guard import WORKSPACES_OF_GPUS, MemoryGuard
 from lora_tune.engine.memory_reading import MemoryMeter
 from lora_tune.engine.pack import NO_PASS, TrialPack
 from lora_tune.executors.scorer import MetricScorer
@@ -96,7 +96,8 @@ class InProcessExecutor:
         self.saving_s = 0.0
         self._next_saving_s = checkpoint_every  # seconds of work
         self._ended_tokens = 0
-        self._guard = MemoryGuard(meter)
+        on_gpu = pack.base.device.type == "cuda"
+        self._guard = MemoryGuard(meter, allowance=WORKSPACES_OF_GPUS if on_gpu else 0)
         self._parked: list[Lane] = []  # they go on before any job begins
         self._waiting: list[LaneJob] = []
         self._lanes: list[Lane] = []
@@ -186,7 +187,8 @@ class InProcessExecutor:
             if failed:
                 outcomes = self._shrink()
             if outcomes:
-                self._guard.check(self._lanes + self._parked)
+                trained = any(outcome.num_tokens for outcome in outcomes)
+                self._guard.check(self._lanes + self._parked, trained=trained)
                 return outcomes
         return []
 

@@ -186,8 +186,7 @@ class ProcessExecutor:
         ):  # else it died already, and gets the task when started again
             self._send_task(self._children[0])
         while not self._opened:
-            with signals.deferred():
-                self._look()
+            self._look()
         return self._opened.pop()
 
     def hire(self, task: WorkerTask) -> None:
@@ -251,10 +250,9 @@ class ProcessExecutor:
             LoraTuneError: What a child refused, or ``MachineError``: no child can be started.
         """
         while self.busy and not self._outcomes:
-            with signals.deferred():  # never in the middle of a message
-                self._hand_out()
-                self._let_go_on()
-                self._look()
+            self._hand_out()
+            self._let_go_on()
+            self._look()
         return self.ended()
 
     def ended(self) -> list[LaneOutcome]:
@@ -273,8 +271,7 @@ class ProcessExecutor:
             child.asked, child.heard_at = True, time.monotonic()
             self._send(child, Ask(question))
             while not self._answers and child.ready:
-                with signals.deferred():
-                    self._look()
+                self._look()
             if self._answers:
                 return self._answers.pop()
         raise WorkerLostError(f"the worker died {MOST_FAILURES} times: {child.crash}")
@@ -370,8 +367,7 @@ class ProcessExecutor:
             for child in self._children:
                 if child.ready:
                     return child
-            with signals.deferred():
-                self._look()
+            self._look()
 
     # Children
 
@@ -440,7 +436,10 @@ class ProcessExecutor:
         return self.settings.log_folder / f"worker-{child.index}.log"
 
     def _look(self) -> None:
-        """Hear what children say, for half a second at most; replace those that died or hang."""
+        """Hear what children say, for half a second at most; replace those that died or hang.
+
+        A signal that was held back raises here, after the last message.
+        """
         for child in self._links_with_news():
             self._read(child)
         now = time.monotonic()
@@ -452,6 +451,7 @@ class ProcessExecutor:
             ):
                 self._start(child)
                 self._send_task(child)
+        signals.check()
 
     def _links_with_news(self) -> list[_Child]:
         by_link = {child.link: child for child in self._children if child.link is not None}

@@ -3,6 +3,7 @@
 import unicodedata
 
 from lora_tune.units import format_bytes
+from lora_tune.units import plural as plural  # with the others of a report
 
 NOTHING = "-"
 
@@ -124,15 +125,6 @@ def format_memory(num_bytes: int) -> str:
     ('1.00 GiB', '-')
     """
     return format_bytes(num_bytes) if num_bytes else NOTHING
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a count with its noun.
-
-    >>> plural(1, "trial"), plural(2, "trial")
-    ('1 trial', '2 trials')
-    """
-    return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def one_line(text: str) -> str:

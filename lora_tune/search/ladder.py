@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lora_tune import signals
 from lora_tune.errors import AllTrialsFailedError
 from lora_tune.files import drop_from
 from lora_tune.records import (
@@ -276,6 +277,7 @@ class Ladder:
             if record.state is TrialState.RUNNING and not record.rungs and self._idle(number):
                 return record, 0
         while self._may_propose():
+            signals.check()  # proposals may take seconds
             record = self._propose()
             if record.state is TrialState.RUNNING:
                 return record, 0

@@ -37,7 +37,7 @@ from lora_tune.records import (
 )
 from lora_tune.redaction import redact, redact_values
 from lora_tune.stats.plausibility import implausible_in
-from lora_tune.store.leftovers import leftovers_below
+from lora_tune.store.leftovers import TRACKER_FOLDERS, leftovers_below
 from lora_tune.store.owner import OWNER_FILE, held
 
 STUDY_FILE = "study.toml"
@@ -52,7 +52,6 @@ MEMORY_FILE = "memory.json"
 BEHAVIOUR_FILE = "behaviour.json"
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_FILE = "adapter_model.safetensors"  # peft's name, which cannot be imported here
-TRACKER_FOLDERS = ("wandb", "tensorboard", "mlruns")  # what trackers put there is theirs
 # Of the whole folder, in study.lock.json. Raised when an older lora-tune would misread what a newer wrote.
 FORMAT = 1
 

@@ -18,11 +18,10 @@ from lora_tune.store.folder import (
     ADAPTER_FOLDER,
     CONFIRMATION_FILE,
     RUNS_FOLDER,
-    TRACKER_FOLDERS,
     TRIAL_FILE,
     StudyFolder,
 )
-from lora_tune.store.leftovers import leftovers_below
+from lora_tune.store.leftovers import TRACKER_FOLDERS, leftovers_below
 from lora_tune.store.owner import Owner
 
 FIX, REBUILD = "--fix", "--rebuild"

@@ -20,7 +20,8 @@ _OURS = re.compile(
     r"[a-z][a-z.-]*\.(?:json|toml|md|html|csv|db|svg|png)|adapter|plots|rung-\d+|state-\d+"
     r"|refit(?:\.state)?|.+-seed-\d+(?:\.state)?"
 )
-_NOT_OURS = ("export", "wandb", "tensorboard", "mlruns")  # an export may be on its way now
+TRACKER_FOLDERS = ("wandb", "tensorboard", "mlruns")  # what trackers put there is theirs
+_NOT_OURS = ("export", *TRACKER_FOLDERS)  # an export may be on its way now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ is only one writer, so a trial more than before is ours, and a state that was to
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -21,6 +22,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 
+from lora_tune import signals
 from lora_tune.errors import DatabaseAwayError, MachineError, StoreError
 from lora_tune.redaction import redact
 from lora_tune.store.database import UNREADABLE, close_study
@@ -32,12 +34,15 @@ _URL = (
     "postgresql+psycopg://"  # of no server: connections are made here, and Optuna knows no password
 )
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+_LOOK_S = 0.5  # how soon a pause sees that the study is to stop
 _CREATED = "created"  # user attribute of the study: says which study folder it belongs to
 _SCHEMA_LOCK = 7_106_017  # held while tables are made: studies of one database may begin at once
 _LONGEST_LABEL = 63  # bytes of an application's name that PostgreSQL keeps
 # Seconds: how soon each side notices that the other has gone without a word.
 _CONNECT_TIMEOUT_S = 10
 _KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+_UNANSWERED_MS = 30_000  # as long, when what was sent is not even acknowledged
+_MOST_BLOCKED_S = 4.0  # how long a statement may hold up a signal
 
 T = TypeVar("T")
 
@@ -92,7 +97,9 @@ def open_postgres_study(
         MachineError: The driver is not installed.
     """
     check_driver()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # an outage is told of by its note alone
+    # An outage is told of by its note alone.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     server = Server(url, name)
     try:
         _make_tables(server)
@@ -133,7 +140,8 @@ def _make_tables(server: "Server") -> None:
     Optuna does this with two connections at a time, and the study has only one.
     """
     with server.connect_to_read() as connection:
-        connection.execute("SELECT pg_advisory_lock(%s)", (_SCHEMA_LOCK,))
+        with signals.at_once():
+            connection.execute("SELECT pg_advisory_lock(%s)", (_SCHEMA_LOCK,))
         RDBStorage(_URL, engine_kwargs={"creator": server.connect_to_read}).engine.dispose()
 
 
@@ -282,15 +290,17 @@ class Server:
         self._key = int.from_bytes(digest[:8], "big", signed=True)
 
     def connect_to_read(self) -> Any:
-        """Return a new connection of the driver's."""
+        """Return a new connection of the driver's; a signal does not wait for a server that is silent."""
         import psycopg
 
-        return psycopg.connect(
-            self._url,
-            connect_timeout=_CONNECT_TIMEOUT_S,
-            application_name=self.label,
-            **_KEEPALIVE,  # type: ignore[arg-type]
-        )
+        with signals.at_once():
+            return psycopg.connect(
+                self._url,
+                connect_timeout=_CONNECT_TIMEOUT_S,
+                application_name=self.label,
+                tcp_user_timeout=_UNANSWERED_MS,
+                **_KEEPALIVE,  # type: ignore[arg-type]
+            )
 
     def connect(self) -> Any:
         """Return a new connection that holds the study's lock.
@@ -300,16 +310,20 @@ class Server:
         """
         connection = self.connect_to_read()
         try:
-            for key, value in _KEEPALIVE.items():
-                connection.execute(f"SET tcp_{key} = {value}")
-            taken = connection.execute("SELECT pg_try_advisory_lock(%s)", (self._key,)).fetchone()
-            if not taken[0]:
-                raise self._taken(connection)
-            connection.commit()
+            with signals.at_latest(_MOST_BLOCKED_S):
+                self._take_lock(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _take_lock(self, connection: Any) -> None:
+        for key, value in _KEEPALIVE.items():
+            connection.execute(f"SET tcp_{key} = {value}")
+        taken = connection.execute("SELECT pg_try_advisory_lock(%s)", (self._key,)).fetchone()
+        if not taken[0]:
+            raise self._taken(connection)
+        connection.commit()
 
     def _taken(self, connection: Any) -> _LockTakenError:
         """Return the error that says who holds the lock."""
@@ -337,14 +351,25 @@ class Patience:
         self.place = place
         self.longest_s = longest_s
         self._note = note
+        self._gave_up = False
 
     def call(self, function: Callable[[bool], T]) -> T:
         """Return what ``function`` returns; it is told whether an earlier attempt may have done its work.
 
         Raises:
-            DatabaseAwayError: The server was away for too long.
+            DatabaseAwayError: The server was away for too long, or is while the study is being stopped.
             StoreError: Another process took the study over meanwhile.
         """
+        if self._gave_up:  # who tidies up afterwards does not wait again
+            raise self._away()
+        try:
+            return self._call(function)
+        except BaseException as error:
+            # the wait was too long, or a signal ended it; any other error is the call's own
+            self._gave_up = isinstance(error, DatabaseAwayError) or not isinstance(error, Exception)
+            raise
+
+    def _call(self, function: Callable[[bool], T]) -> T:
         began, pause = 0.0, _FIRST_PAUSE_S
         while True:
             try:
@@ -352,22 +377,32 @@ class Patience:
             except Exception as error:
                 if not is_outage(error):
                     raise
-                if not began:
-                    began = time.monotonic()
+                is_first, began = not began, began or time.monotonic()
+                if signals.was_raised() or time.monotonic() - began > self.longest_s:
+                    raise self._away() from error
+                if is_first:
                     self._note(f"the {self.place} is away ({_said_by(error)}): waiting for it.")
-                if time.monotonic() - began > self.longest_s:
-                    raise DatabaseAwayError(
-                        f"run.storage: the {self.place} was away for more than "
-                        f"{format_duration(self.longest_s)}. Nothing is lost: when it is back, the same "
-                        "command goes on."
-                    ) from error
-                time.sleep(pause)
+                _wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             else:
                 if began:
                     away = format_duration(time.monotonic() - began)
                     self._note(f"the {self.place} is back after {away}.")
                 return result
+
+    def _away(self) -> DatabaseAwayError:
+        return DatabaseAwayError(
+            f"run.storage: the {self.place} was away for more than {format_duration(self.longest_s)}. "
+            "Nothing is lost: when it is back, the same command goes on."
+        )
+
+
+def _wait(seconds: float) -> None:
+    """Wait; a signal that was held back raises here."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        signals.check()
+        time.sleep(min(left, _LOOK_S))
 
 
 # The last one: Optuna catches the first when it reads trials, and asks once more on the dead connection.
@@ -410,7 +445,8 @@ class PostgresStorage(RDBStorage):  # type: ignore[misc]
 
     def again(self, function: Callable[[bool], T]) -> T:
         """Return what a call returns, made again while the server is away."""
-        return function(False) if self._patience is None else self._patience.call(function)
+        with signals.at_latest(_MOST_BLOCKED_S):
+            return function(False) if self._patience is None else self._patience.call(function)
 
     def _create_new_trial(
         self, study_id: int, template_trial: optuna.trial.FrozenTrial | None = None

@@ -6,6 +6,7 @@ study that goes on repeats nothing; what a killed process was writing may be mis
 
 import contextlib
 import io
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from lora_tune.records import (
     TrialState,
 )
 from lora_tune.redaction import redact
+from lora_tune.signals import at_once, was_raised
 from lora_tune.trackers.backends import BACKENDS, Backend
 from lora_tune.trackers.runs import (
     Line,
@@ -38,6 +40,8 @@ from lora_tune.trackers.runs import (
 )
 
 LEDGER_FILE = "trackers.json"
+FINISH_S = 4.0  # when the study is being stopped
+FINISHING = "finishing trackers"  # name of the thread
 
 Note = Callable[[str], None]
 
@@ -127,12 +131,20 @@ class Trackers:
             self._write_decision(confirmation)
 
     def close(self) -> None:
-        """Finish all runs that are still open."""
+        """Finish all runs that are still open; who stops a study waits for that a few seconds at most."""
+        if not was_raised():
+            self._finish()
+            return
+        finishing = threading.Thread(target=self._finish, name=FINISHING, daemon=True)
+        finishing.start()
+        finishing.join(FINISH_S)
+
+    def _finish(self) -> None:
         for name, backend in list(self._backends.items()):
             with self._leaving_out(name), _silent_stdout():
                 backend.finish_all()
         for failed in self._failed:  # of these nothing more is said
-            with contextlib.suppress(Exception), _silent_stdout():
+            with contextlib.suppress(Exception), at_once(), _silent_stdout():
                 failed.finish_all()
 
     def _write_trial(self, record: TrialRecord) -> None:
@@ -205,9 +217,10 @@ class Trackers:
 
     @contextlib.contextmanager
     def _leaving_out(self, name: str) -> Iterator[None]:
-        """Turn any error of a tracker into one note, and go on without it."""
+        """Turn any error of a tracker into one note, and go on without it; a signal does not wait for it."""
         try:
-            yield
+            with at_once():
+                yield
         except Exception as error:  # whatever a tracker or its network does, the study goes on
             self._failed.append(self._backends.pop(name))
             cause = f"{type(error).__name__}: {error}".strip().splitlines()[0]

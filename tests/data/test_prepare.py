@@ -282,7 +282,7 @@ def test_long_rows_are_cut_and_counted(tmp_path, tokenizer):
     prepared = prepare(tmp_path, tokenizer, max_length=80)
     assert prepared.fingerprint.num_truncated == 1
     assert prepared.fingerprint.max_tokens == 80
-    assert "rows.jsonl: 1 rows cut to 80 tokens." in prepared.notes
+    assert "rows.jsonl: 1 row cut to 80 tokens." in prepared.notes
 
 
 def test_rows_that_lose_every_label_are_left_out_and_counted(tmp_path, tokenizer):

@@ -9,13 +9,15 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lora_tune.engine import probe as probe_module
 from lora_tune.engine.base import DTYPES, BaseModel, load_base_model
 from lora_tune.engine.lora import LaneAdapter
-from lora_tune.engine.pack import PackSettings
+from lora_tune.engine.pack import READ_EVERY_ON_GPUS, PackSettings, TrialPack
 from lora_tune.engine.probe import (
     LEAST_PASS_TOKENS,
     MOST_COST,
@@ -26,6 +28,7 @@ from lora_tune.engine.probe import (
     by_product_speed,
     choose_reading,
     mean_length,
+    measure_tokens_per_s,
     rising_sizes,
 )
 from lora_tune.records import ProbeReading, TokenizedRow, TrialConfig
@@ -200,16 +203,55 @@ def plans(result: ProbeResult) -> list[tuple[int, int]]:
     return [(found.lanes, found.micro_batch_size) for found in result.readings]
 
 
-def test_a_reading_is_one_pass_to_warm_up_and_two_measured_ones(probe, rows) -> None:
+def test_a_reading_is_two_passes_of_the_first_plan_and_one_of_any_other(probe, rows) -> None:
     device = Device(overhead_s=1.0)
     found = probe(device, sizes=(2,), most_lanes=lambda size: 2)
     assert plans(found) == [(1, 2), (2, 2)]
-    assert device.passes == 6
+    assert device.passes == 2 + 1
     first, second = found.readings
     assert first.tokens_per_s == pytest.approx(device.tokens_per_s(2 * LEAST_PASS_TOKENS))
     assert second.tokens_per_s == pytest.approx(device.tokens_per_s(4 * LEAST_PASS_TOKENS))
     assert (first.peak_bytes, first.out_of_memory) == (None, False)
     assert found.probe_s == pytest.approx(device.now)
+
+
+@dataclass
+class Disturbed(Device):
+    """Other work makes some passes five times slower."""
+
+    slow: tuple[int, ...] = ()
+
+    def compute(self, dtype: torch.dtype, num_tokens: int) -> None:
+        before = self.now
+        super().compute(dtype, num_tokens)
+        if self.passes in self.slow:
+            self.now = before + 5 * (self.now - before)
+
+
+@pytest.mark.parametrize("slow", [(1,), (2,), (3,)])
+def test_a_plan_whose_only_pass_was_disturbed_is_not_given_up(probe, slow: tuple[int, ...]) -> None:
+    device = Disturbed(overhead_s=100.0, slow=slow)
+    found = probe(device, sizes=(2,), most_lanes=lambda size: 2)
+    assert plans(found) == [(1, 2), (2, 2)]
+    assert found.lanes == 2
+    assert found.readings[1].tokens_per_s == pytest.approx(
+        device.tokens_per_s(4 * LEAST_PASS_TOKENS)
+    )
+    assert device.passes == 3 + (slow == (3,))
+
+
+@pytest.mark.parametrize("slow", [(3,), (4,), (5,)])
+def test_a_disturbed_pass_that_cannot_be_read_again_is_no_knowledge(
+    probe, slow: tuple[int, ...]
+) -> None:
+    undisturbed = probe(Device(overhead_s=1.0))
+    assert not undisturbed.cut
+    for study_tokens in (2e4, 3e4, 5e4, 1e5, 2e5, 4e5, 8e5):
+        found = probe(Disturbed(overhead_s=1.0, slow=slow), study_tokens=study_tokens)
+        as_undisturbed = (found.lanes, found.micro_batch_size) == (4, 4)
+        assert as_undisturbed or found.cut
+        if found.cut and found.lanes == 1:
+            assert found.micro_batch_size == 4
 
 
 def test_an_idle_device_gets_all_rows_and_all_lanes(probe) -> None:
@@ -225,11 +267,19 @@ def test_where_more_does_not_pay_lanes_train_in_turn(probe) -> None:
 
 
 def test_rows_pay_until_the_device_is_busy(probe) -> None:
-    # tokens/s at 128, 256, 512, 1024 tokens a pass: 561, 719, 837, 911; then a gain of 9 %
+    # tokens/s at 128, 256, 512, 1024, 2048, 4096 tokens a pass: 561, 719, 837, 911, 953, 976
     device = Device(overhead_s=0.1)
     found = probe(device, sizes=(16, 8, 4, 2, 1))
-    assert plans(found) == [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)]
-    assert (found.lanes, found.micro_batch_size) == (1, 4)
+    # a gain of 9 % is not enough, and one of 14 % for four times the rows is; then 2 %
+    assert plans(found) == [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 16)]
+    assert (found.lanes, found.micro_batch_size) == (1, 16)
+
+
+def test_a_plan_of_four_times_the_rows_has_to_give_a_tenth_more_as_well(probe) -> None:
+    # 893, 943 (6 % more), 971 (9 % more)
+    found = probe(Device(overhead_s=0.01536))
+    assert plans(found) == [(1, 1), (1, 2), (1, 4), (2, 1), (4, 1)]
+    assert (found.lanes, found.micro_batch_size, found.cut) == (1, 1, False)
 
 
 def test_more_lanes_than_fit_are_tried_with_fewer_rows(probe) -> None:
@@ -303,6 +353,24 @@ def test_nothing_of_a_reading_is_held_when_the_probe_has_ended(base, probe) -> N
     assert base.layout.adapters == ()
 
 
+class LatePack(TrialPack):
+    """Reads its losses as on a GPU: not after every step."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.read_every = READ_EVERY_ON_GPUS
+
+
+def test_losses_that_are_not_finite_and_found_late_do_not_end_a_reading(
+    base, rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = base.decoder.norm.weight
+    monkeypatch.setattr(norm, "data", torch.full_like(norm, float("nan")))
+    monkeypatch.setattr(probe_module, "TrialPack", LatePack)
+    settings = replace(SETTINGS, effective_batch_size=2, micro_batch_size=2)
+    assert measure_tokens_per_s(base, rows[:2], settings, CONFIG, lanes=2) > 0
+
+
 def test_where_nothing_is_open_nothing_is_measured(probe) -> None:
     device = Device()
     found = probe(device, sizes=(4,), most_lanes=lambda size: 1)
@@ -314,7 +382,7 @@ def test_a_given_plan_is_read_last_by_one_pass(probe) -> None:
     device = Device(overhead_s=1.0)
     found = probe(device, sizes=(1,), most_lanes=lambda size: 1, given=(2, 4))
     assert plans(found) == [(1, 1), (2, 4)]
-    assert device.passes == 3 + 1
+    assert device.passes == 2 + 1
     assert found.readings[1].tokens_per_s == pytest.approx(
         device.tokens_per_s(8 * LEAST_PASS_TOKENS)
     )
@@ -323,8 +391,8 @@ def test_a_given_plan_is_read_last_by_one_pass(probe) -> None:
 
 
 def test_a_given_plan_that_would_take_too_long_is_not_read(probe) -> None:
-    device = Device(overhead_s=0.0)  # 3 * 128 tokens of the first reading, 1,024 of the given plan
-    for study_tokens, read in ((20 * 1400, False), (20 * 1420, True)):
+    device = Device(overhead_s=0.0)  # 2 * 128 tokens of the first reading, 1,024 of the given plan
+    for study_tokens, read in ((20 * 1270, False), (20 * 1290, True)):
         found = probe(
             device,
             sizes=(1,),
@@ -354,15 +422,21 @@ class Products:
 
 
 @pytest.mark.parametrize(
-    ("float32_s", "bfloat16_s", "first"),
-    [(2.0, 1.0, "bfloat16"), (1.0, 2.0, "float32"), (1.0, 1.0, "float32")],
+    ("float32_s", "bfloat16_s", "types"),
+    [
+        (2.0, 1.0, ("bfloat16",)),
+        (1.4, 1.0, ("bfloat16", "float32")),
+        (1.0, 1.4, ("float32", "bfloat16")),
+        (1.0, 2.0, ("float32",)),
+        (1.0, 1.0, ("float32", "bfloat16")),
+    ],
 )
-def test_the_type_with_the_faster_products_comes_first(
-    monkeypatch: pytest.MonkeyPatch, float32_s: float, bfloat16_s: float, first: str
+def test_the_type_with_the_faster_products_comes_first_and_one_without_hope_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, float32_s: float, bfloat16_s: float, types: tuple[str, ...]
 ) -> None:
     seconds = {torch.float32: float32_s, torch.bfloat16: bfloat16_s}
     clock = Products(monkeypatch, seconds)
-    assert by_product_speed(("float32", "bfloat16"), clock=clock)[0] == first
+    assert by_product_speed(("float32", "bfloat16"), clock=clock) == types
 
 
 def test_a_probe_that_is_cut_keeps_the_type_that_was_read_first(probe) -> None:

@@ -97,7 +97,7 @@ def _run(folder: Path, *, only: str, quick: bool) -> bool:
         print(f"exit code {codes[-1]} after {time.monotonic() - began:.0f} s", flush=True)
     if junit.exists():
         os.environ[FOLDER_VARIABLE] = str(folder)
-        _count_cases(junit)
+        _count_cases(junit, only=only)
     return not any(codes)
 
 
@@ -111,8 +111,8 @@ def _modules() -> list[str]:
     ]
 
 
-def _count_cases(junit: Path) -> None:
-    """Record how many cases of some tests ran, and how many passed."""
+def _count_cases(junit: Path, *, only: str) -> None:
+    """Record how many cases of some tests ran, and how many passed; of a part nothing is recorded."""
     cases = list(ElementTree.parse(junit).iter("testcase"))  # our own pytest wrote it
     for name, (module, begins) in CASES.items():
         mine = [
@@ -123,7 +123,7 @@ def _count_cases(junit: Path) -> None:
             and case.find("skipped") is None
         ]
         bad = [c for c in mine if c.find("failure") is not None or c.find("error") is not None]
-        if mine:
+        if mine and (not only or name.replace("-", "_") in only.split()):
             record(name, cases=len(mine), passed=len(mine) - len(bad))
 
 
@@ -183,9 +183,13 @@ def _counted(key: str, value: object) -> str:
     '0 trials lost'
     >>> _counted("inputs", 20000)
     '20,000 inputs'
+    >>> _counted("slowest_s", 1.8)
+    'slowest 1.8 s'
     >>> _counted("python", "3.11")
     'python: 3.11'
     """
+    if key.endswith("_s"):
+        return f"{key.removesuffix('_s').replace('_', ' ')} {value:,} s"
     name = key.replace("_", " ")
     if isinstance(value, str):
         return f"{name}: {value}"

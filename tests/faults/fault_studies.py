@@ -158,7 +158,7 @@ def _write_model(folder: Path) -> None:
 
 
 TOLERANCE = 1e-4  # of losses: a pack that was cut elsewhere sums in another order
-LONG = {"steps": 60, "trials": 3}  # trains for some seconds
+LONG = {"steps": 240, "trials": 3}  # trains for some seconds
 
 
 class RealStudies:
@@ -206,6 +206,15 @@ def results_of(folder: Path) -> Path:
 def trains(folder: Path) -> bool:
     """Return whether a lane of a real study has a state of its own, as it has while it trains."""
     return bool(lane_states(folder))
+
+
+def wait_while_it_trains(folder: Path, *, at_most_s: float) -> None:
+    """Wait, but no longer than until the first trial has a result: more training is then to come for sure."""
+    records = (results_of(folder) / "trials").glob
+    wait_until(
+        lambda: any(json.loads(path.read_text())["rungs"] for path in records("*/trial.json")),
+        within_s=at_most_s,
+    )
 
 
 def lane_states(folder: Path) -> list[Path]:

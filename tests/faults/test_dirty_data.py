@@ -162,7 +162,7 @@ def test_few_bad_rows_are_left_out_and_counted_by_reason(
     lenient = replace(dirty, settings={**dirty.settings, "max_bad_fraction": 0.05})
     prepared = prepare(lenient, folder, tokenizer)
     assert (num_rows(prepared), prepared.fingerprint.num_bad_rows) == (60, 1)
-    [note] = [note for note in prepared.notes if "1 bad rows left out (1 " in note]
+    [note] = [note for note in prepared.notes if "1 bad row left out (1 " in note]
     assert matches(note, dirty.says)
     place = f"{dirty.file}:{BAD_LINE}: " if dirty.file == "rows.jsonl" else f"{dirty.file}"
     assert place in note or "rows.jsonl:61: " in note

@@ -35,6 +35,7 @@ from fault_studies import (
     trains,
     trial_table,
     wait_until,
+    wait_while_it_trains,
     workers_of,
 )
 from table_worker import Step, read_log, repeated_steps
@@ -213,7 +214,7 @@ def kill_real_child(folder: Path, draw: random.Random) -> float:
     """Run a real study to its end, one child killed while it trains; return the age of its lanes' states."""
     coordinator = lora_tune_run(folder)
     assert wait_until(lambda: trains(folder) or coordinator.poll() is not None, within_s=120)
-    time.sleep(draw.random() * 2)
+    wait_while_it_trains(folder, at_most_s=draw.random() * 2)
     age_s = oldest_state_s(folder)
     [worker] = workers_of(coordinator.pid)
     kill(worker)
@@ -253,7 +254,7 @@ def test_five_kills_of_a_real_coordinator(real, tmp_path):
         draw, folder = random.Random(4000 + number), real.make(tmp_path / f"study-{number}", **LONG)
         coordinator = lora_tune_run(folder)
         wait_until(lambda: trains(folder) or coordinator.poll() is not None, within_s=120)  # noqa: B023
-        time.sleep(draw.random() * 2)
+        wait_while_it_trains(folder, at_most_s=draw.random() * 2)
         oldest, children = max(oldest, oldest_state_s(folder)), family(coordinator.pid)
         kill(coordinator.pid)
         coordinator.communicate()

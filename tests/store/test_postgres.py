@@ -2,12 +2,15 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from campaign_results import record
@@ -17,9 +20,11 @@ from postgres_server import postgres as postgres  # the fixture
 from table_folder import begin, open_ladder, optuna_of, run_on, table_lock
 from table_study import TableExecutor, drive
 
+from lora_tune import signals
 from lora_tune.commands.doctor import doctor, examine
-from lora_tune.errors import DatabaseAwayError, StoreError
-from lora_tune.records import LaneOutcome, TrialRecord
+from lora_tune.errors import DatabaseAwayError, StoreError, Terminated
+from lora_tune.records import LaneOutcome, StudyLock, TrialRecord
+from lora_tune.store import postgres as postgres_module
 from lora_tune.store.folder import DATABASE, StudyFolder
 from lora_tune.store.postgres import (
     check_server,
@@ -27,6 +32,7 @@ from lora_tune.store.postgres import (
     open_postgres_study,
     read_postgres_trials,
 )
+from lora_tune.tuner import train
 
 Rows = list[tuple[object, ...]]
 
@@ -308,6 +314,126 @@ def test_a_server_that_stays_away_ends_the_study_with_75_and_it_goes_on_later(
     study._storage._backend.engine.dispose()
     assert run_on(store, lock, storage=url)
     assert (rows_of(url), store.load_trials()) == on_sqlite
+
+
+class StoppingExecutor(TableExecutor):
+    """Lets others act before the first result is told, and has one more when the study is stopped."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__(2)
+        self.act = act
+        self.last: list[LaneOutcome] = []
+
+    def wait(self) -> list[LaneOutcome]:
+        self.act()
+        self.act = lambda: None
+        return super().wait()
+
+    def save_states(self) -> None:
+        pass
+
+    def ended(self) -> list[LaneOutcome]:
+        self.last = [self.fate(job) for job in self.jobs[:1]]
+        return self.last
+
+
+class SignalSoon:
+    """Sends this process a signal half a second after it was asked to."""
+
+    def __init__(self) -> None:
+        self.timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+
+    def __call__(self, text: str = "") -> None:
+        self.timer.start()
+
+
+def train_until_stopped(
+    store: StudyFolder,
+    lock: StudyLock,
+    url: str,
+    executor: StoppingExecutor,
+    note: Callable[[str], None],
+) -> None:
+    with signals.stoppable(), signals.deferred(), store.owned():
+        ladder, _ = open_ladder(store, lock, storage=url, note=note)
+        work: Any = executor
+        train(ladder, work, told=lambda: None, track=lambda outcome: None)
+
+
+@pytest.mark.parametrize("takes", [2, 10])  # the server is missed by a proposal, by a result
+def test_a_study_whose_server_is_away_is_stopped_by_a_signal_and_goes_on_later(
+    tmp_path: Path,
+    postgres: PostgresServer,
+    url: str,
+    on_sqlite: tuple[Rows, list[TrialRecord]],
+    takes: int,
+) -> None:
+    lock, store, notes = table_lock(storage=url), start(tmp_path, url), list[str]()
+    run_on(store, lock, most_takes=takes, storage=url)
+    executor, signal_soon = StoppingExecutor(postgres.stop), SignalSoon()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        signal_soon()
+
+    began = time.monotonic()
+    try:
+        with pytest.raises(Terminated):
+            train_until_stopped(store, lock, url, executor, note)
+        assert time.monotonic() - began < 10
+    finally:
+        signal_soon.timer.cancel()
+        postgres.start()
+    assert len(notes) == 1
+    ended = {record.number for record in store.load_trials() if record.rungs}
+    assert {outcome.trial for outcome in executor.last} <= ended
+    assert executor.last
+    assert run_on(store, lock, storage=url)
+    assert (rows_of(url), store.load_trials()) == on_sqlite
+
+
+def test_a_statement_that_blocks_does_not_hold_up_a_signal(
+    tmp_path: Path,
+    url: str,
+    on_sqlite: tuple[Rows, list[TrialRecord]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import psycopg
+
+    monkeypatch.setattr(postgres_module, "_MOST_BLOCKED_S", 0.5)
+    lock, store = table_lock(storage=url), start(tmp_path, url)
+    run_on(store, lock, most_takes=2, storage=url)
+    signal_soon = SignalSoon()
+    with psycopg.connect(url) as other:
+        release = threading.Timer(30, other.rollback)  # or it would wait for ever
+
+        def block() -> None:
+            other.execute("LOCK TABLE trials")
+            release.start()
+            signal_soon()
+
+        began = time.monotonic()
+        with pytest.raises(Terminated):
+            train_until_stopped(store, lock, url, StoppingExecutor(block), print)
+        assert time.monotonic() - began < 10
+        signal_soon.timer.cancel()
+        release.cancel()
+        other.rollback()
+    assert run_on(store, lock, storage=url)
+    assert (rows_of(url), store.load_trials()) == on_sqlite
+
+
+def test_a_server_that_is_silent_does_not_hold_up_a_signal(tmp_path: Path) -> None:
+    signal_soon = SignalSoon()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://lora@127.0.0.1:{silent.getsockname()[1]}/studies"
+        store, lock = start(tmp_path, url), table_lock(storage=url)
+        signal_soon()
+        began = time.monotonic()
+        with pytest.raises(Terminated):
+            train_until_stopped(store, lock, url, StoppingExecutor(lambda: None), print)
+        signal_soon.timer.cancel()
+    assert time.monotonic() - began < 5
 
 
 def test_a_frozen_owner_that_lost_its_lock_writes_nothing(tmp_path: Path, url: str) -> None:

@@ -1,10 +1,14 @@
 """Studies that were stopped, raised or tidied up, and run again: they end as if nothing had happened."""
 
 import contextlib
+import os
 import shutil
+import signal
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_end_to_end import STUDY, copy_of
@@ -12,10 +16,12 @@ from test_end_to_end import workplace as workplace  # the fixture
 
 from lora_tune import tuner, worker
 from lora_tune.assembly import proposing_seconds
+from lora_tune.errors import Terminated
 from lora_tune.records import Confirmation, Forecast, ProgressState, StudySnapshot
+from lora_tune.signals import deferred, stoppable
 from lora_tune.store.folder import StudyFolder
 from lora_tune.study.loader import load_study
-from lora_tune.tuner import run_study
+from lora_tune.tuner import run_study, train
 
 
 class Stopping:
@@ -192,3 +198,95 @@ def test_the_last_trial_begins_while_later_rungs_and_the_confirmation_still_fit(
     assert proposing_seconds(limited, lock, num_trials=12) == 3600 - 3 * 82 - 300
     unknown = replace(lock, forecast=None)
     assert proposing_seconds(limited, unknown, num_trials=8) == 3600
+
+
+class SignalInStatement:
+    """Stands in for ``sqlite3.connect``: the reading of the statement with a number is met by a signal."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.came_back = False
+        self.connect = sqlite3.dbapi2.connect
+
+    def __call__(self, *arguments: Any, **keys: Any) -> sqlite3.Connection:
+        statement = self
+
+        class Cursor(sqlite3.Cursor):
+            def fetchall(self) -> list[object]:
+                statement.left -= 1
+                if statement.left == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    statement.came_back = True
+                return super().fetchall()
+
+        class Connection(sqlite3.Connection):
+            def cursor(self, factory: Any = Cursor) -> Any:
+                return super().cursor(factory)
+
+        return self.connect(*arguments, **keys, factory=Connection)
+
+
+@pytest.mark.parametrize("number", [8, 40])
+def test_a_signal_in_the_middle_of_a_transaction_waits_for_its_end(
+    workplace: Path,
+    small: Path,
+    tmp_path: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = copy_of(workplace, tmp_path / "run")
+    statement = SignalInStatement(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3.dbapi2, "connect", statement)
+        with pytest.raises(KeyboardInterrupt), stoppable():
+            run(folder)
+    assert statement.came_back
+    assert not caplog.records
+    before = StudyFolder(small / "reports" / "going").load_confirmation()
+    assert outcome(run(folder).confirmation) == outcome(before)
+
+
+class Evaluating:
+    """Stands in for source and executor of jobs that are only evaluated; the first is met by a signal."""
+
+    def __init__(self) -> None:
+        self.left, self.running, self.taken = 3, False, 0
+        self.free_slots = 1
+
+    def next_jobs(self, count: int) -> list[str]:
+        return ["job"] * min(count, self.left)
+
+    def submit(self, job: str) -> None:
+        self.left, self.running = self.left - 1, True
+
+    @property
+    def busy(self) -> bool:
+        return self.running
+
+    def wait(self) -> list[str]:
+        if not self.taken:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.running = False
+        return ["outcome"]
+
+    def take(self, outcome: str) -> None:
+        self.taken += 1
+
+    def save_states(self) -> None:
+        pass
+
+    def ended(self) -> list[str]:
+        return []
+
+
+def test_jobs_without_a_training_step_are_stopped_between_two_of_them() -> None:
+    both: Any = Evaluating()
+
+    def evaluate() -> None:
+        with stoppable(), deferred():
+            train(both, both, told=lambda: None, track=lambda outcome: None)
+
+    with pytest.raises(Terminated):
+        evaluate()
+    assert (both.taken, both.left) == (1, 2)

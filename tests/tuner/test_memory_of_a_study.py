@@ -6,6 +6,8 @@ witnesses are the estimate asked directly, margins by hand, and the same study o
 
 import gc
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pandas as pd
 import pytest
 from test_end_to_end import STUDY, copy_of, losses, table
 from test_end_to_end import workplace as workplace  # the fixture
+from test_gpu_claims import GPU, other_process
 
 from lora_tune.engine.base import BaseModel
 from lora_tune.engine.memory_reading import HostMeter
@@ -262,3 +265,17 @@ def test_a_resumed_study_says_when_less_memory_is_free_than_it_was_planned_with(
         "0.50 GiB of the Replay 9000 are free, the plan may use 0.95 GiB: a pack that runs out of "
         "memory is halved."
     )
+
+
+def test_a_study_says_when_another_one_trains_on_its_gpu(
+    workplace, replay_meter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    meter, view = replay_meter(GIB, PEAKS), Quiet(stop_after=1)
+    meter.device_id = GPU
+    claims = tmp_path / f"lora-tune-{os.getuid()}" / "gpus"
+    with other_process(claims) as process, pytest.raises(KeyboardInterrupt):
+        run(copy_of(workplace, tmp_path / "shared"), meter, view=view)
+    [said] = [note for note in view.notes if "another study" in note]
+    assert said.startswith(f"another study trains on this Replay 9000 (pid {process.pid} on ")
+    assert "of which 1.00 GiB are free now" in said
