@@ -4,6 +4,7 @@ Packed training against plain PEFT in a fresh process, in NF4 and unquantized; f
 record; the verdict's rule by values; and bad input, which ends with one message and writes nothing.
 """
 
+import contextlib
 import io
 import json
 import shutil
@@ -209,8 +210,10 @@ class Killer:
 
     def step(self, *, run: int, step: int, end_step: int, loss: float) -> None:
         for child in psutil.Process().children():
-            if "lora_tune.verification.plain" in child.cmdline():
-                child.kill()
+            # Its last words may be read after its death, when it has no command line any more.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "lora_tune.verification.plain" in child.cmdline():
+                    child.kill()
 
     def end(self, *, run: int, loss: float) -> None:
         raise AssertionError("the run went on")
