@@ -214,16 +214,19 @@ def test_a_connection_that_dies_between_two_reads_of_one_call_is_an_outage_too(
     assert len(store.load_trials()) == len(rows_of(url))
 
 
-class SignallingExecutor(TableExecutor):
-    """Says that a result is coming, and lets others act before it is told."""
+class BreakingExecutor(TableExecutor):
+    """Has a result, and tells it only when somebody has stopped the server, as often as agreed."""
 
-    def __init__(self, results: threading.Semaphore) -> None:
+    def __init__(self, times: int) -> None:
         super().__init__(2)
-        self.results = results
+        self.left = times
+        self.result, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
 
     def wait(self) -> list[LaneOutcome]:
-        self.results.release()
-        time.sleep(0.05)
+        if self.left:
+            self.left -= 1
+            self.result.release()
+            assert self.stopped.acquire(timeout=60)
         return super().wait()
 
 
@@ -232,12 +235,13 @@ def outages(
 ) -> list[str]:
     """Run a study whose server dies again and again, for so many seconds; return the notes."""
     lock, notes = table_lock(storage=url), list[str]()
-    results = threading.Semaphore(0)
+    executor = BreakingExecutor(len(lengths))
 
     def break_it() -> None:
         for length in lengths:
-            results.acquire()
+            executor.result.acquire()
             postgres.stop()
+            executor.stopped.release()
             time.sleep(length)
             postgres.start()
 
@@ -246,11 +250,11 @@ def outages(
     try:
         with store.owned():
             ladder, _ = open_ladder(store, lock, storage=url, note=notes.append)
-            assert drive(ladder, SignallingExecutor(results))
+            assert drive(ladder, executor)
             ladder.finalists(2)
     finally:
         for _ in lengths:
-            results.release()
+            executor.result.release()
         breaker.join()
     return notes
 
@@ -259,7 +263,7 @@ def test_two_outages_are_waited_for_and_told_of_once(
     tmp_path: Path, postgres: PostgresServer, url: str, on_sqlite: tuple[Rows, list[TrialRecord]]
 ) -> None:
     store = start(tmp_path, url)
-    notes = outages(postgres, store, url, [1.0, 0.2])
+    notes = outages(postgres, store, url, [2.0, 0.2])
     assert (rows_of(url), store.load_trials()) == on_sqlite
     assert 1 <= sum("is away" in note for note in notes) <= 2
     assert sum("is away" in n for n in notes) == sum("is back after" in n for n in notes)
