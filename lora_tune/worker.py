@@ -15,6 +15,7 @@ import torch
 from lora_tune import signals
 from lora_tune.assembly import make_executor
 from lora_tune.engine.base import BaseModel, quiet_transformers
+from lora_tune.engine.host_allocator import keep_freed_memory
 from lora_tune.engine.memory_reading import MemoryMeter, open_meter
 from lora_tune.engine.pack import TrialPack
 from lora_tune.errors import StudyFileError
@@ -95,6 +96,8 @@ class StudyTask:
             base_dir=self.study_file.parent,
         )
         meter = self.meter_of(inputs.device)
+        if inputs.device == "cpu":
+            keep_freed_memory()
         _note_shared_gpu(meter, note)
         if self.lock is not None:
             base, lock = load_base(inputs, self.lock), self.lock

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_tune.engine.attention import attend_as_loaded, attend_by_rows
 from lora_tune.engine.batches import Batch, as_arrays, collate
+from lora_tune.engine.fused import fuse_frozen_parts
 from lora_tune.engine.lora import PackedLinear, PackLayout
 from lora_tune.engine.loss import label_losses
 from lora_tune.engine.memory_errors import is_out_of_memory
@@ -43,6 +44,7 @@ class BaseModel:
         for shape in self.linears:
             layer = model.get_submodule(shape.name)
             model.set_submodule(shape.name, PackedLinear(layer, shape.name, self.layout))
+        fuse_frozen_parts(model)
         self.flat = attend_by_rows(model, self.layout)
         # bitsandbytes swaps the weights of a CPU layer for a bfloat16-only packing the first time it
         # runs without gradients, which changes losses by tenths of a percent: keep the real ones.

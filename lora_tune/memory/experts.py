@@ -227,10 +227,11 @@ def _experts(ops: Ops, shape: ModelShape, x: Value, weights: Value, *, stops: bo
 def _shared_expert(ops: Ops, shape: ModelShape, sites: Mapping[str, Site], x: Value) -> Value:
     """``Qwen2MoeMLP.forward`` of the expert that every token passes."""
     width, prefix = shape.shared_expert_intermediate, "mlp.shared_expert."
-    gate = ops.activation(linear(ops, x, sites[prefix + "gate_proj"]), width)
-    up = linear(ops, x, sites[prefix + "up_proj"])
-    product = ops.multiply(gate, up, width)
-    del gate, up
+    product = ops.gated_product(
+        lambda: linear(ops, x, sites[prefix + "gate_proj"]),
+        lambda: linear(ops, x, sites[prefix + "up_proj"]),
+        width,
+    )
     return linear(ops, product, sites[prefix + "down_proj"])
 
 

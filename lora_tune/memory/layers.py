@@ -174,10 +174,11 @@ def gpt2_attention(ops: Ops, shape: ModelShape, sites: Sites, x: Value, masked: 
 def gated_mlp(ops: Ops, shape: ModelShape, sites: Sites, x: Value) -> Value:
     """``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
     f = shape.intermediate
-    gate = ops.activation(linear(ops, x, sites["mlp.gate_proj"]), f)
-    up = linear(ops, x, sites["mlp.up_proj"])
-    product = ops.multiply(gate, up, f)
-    del gate, up
+    product = ops.gated_product(
+        lambda: linear(ops, x, sites["mlp.gate_proj"]),
+        lambda: linear(ops, x, sites["mlp.up_proj"]),
+        f,
+    )
     return linear(ops, product, sites["mlp.down_proj"])
 
 

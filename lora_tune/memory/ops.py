@@ -7,6 +7,7 @@ between two of those statements is "touched". Sources: transformers 5.23.0, peft
 bitsandbytes 0.50.2, torch 2.13 (``tools/autograd/derivatives.yaml`` for what a backward keeps).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_tune.memory.groups import Group
@@ -122,6 +123,10 @@ class Numbers:
             return False
         small = (major == "8" and minor in ("6", "7", "8", "9")) or major == "12"
         return not small or not 192 < head_dim <= 224
+
+
+FUSED_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
+"""Names in transformers' ACT2FN of what ``engine/fused.py`` knows."""
 
 
 class Ops:
@@ -312,6 +317,42 @@ class Ops:
             node = book.node(backward)
         return Value(block, x.e, node)
 
+    def gated_product(
+        self, gate_of: Callable[[], Value], up_of: Callable[[], Value], width: int
+    ) -> Value:
+        """``act_fn(gate_proj(x)) * up_proj(x)``.
+
+        Ours (``engine/fused.py``) keeps what the two layers give (2fe) and takes the activation again in
+        backward; autograd keeps the activation's result as well.
+        """
+        if not (self.n.packed and self.n.activation in FUSED_ACTIVATIONS):
+            active = self.activation(gate_of(), width)
+            return self.multiply(active, up_of(), width)
+        gate, up = gate_of(), up_of()
+        book = self.book
+        size = gate.e * self.n.tokens * width
+        block = book.hold(size)
+        node = None
+        if book.grad_enabled and (gate.node is not None or up.node is not None):
+            saved = [gate.block, up.block]
+            gate_node, up_node = gate.node, up.node
+
+            def backward(gradient: Gradient) -> None:
+                product = book.hold(size)
+                to_gate = book.hold(size)
+                del product
+                to_up = book.hold(size)
+                gradient.clear()
+                saved.clear()
+                if gate_node is not None:
+                    book.accumulate(gate_node, to_gate)
+                del to_gate
+                if up_node is not None:
+                    book.accumulate(up_node, to_up)
+
+            node = book.node(backward)
+        return Value(block, gate.e, node)
+
     # Norms
 
     def rms_norm(self, x: Value, width: int, *, groups: int = 1) -> Value:
@@ -321,6 +362,8 @@ class Ops:
         the weight. Backward ends five float32 tensors wide (20h with the kept input): the gradient's
         products with root and input, and the square's derivative, which makes ``x.pow(1)`` and twice it.
         """
+        if self.n.packed:
+            return self._frozen_rms_norm(x, width, groups=groups)
         book, tokens = self.book, self.n.tokens
         full, own = 4 * tokens * width, x.e * tokens * width
         wide = x.block if x.e == 4 else book.hold(full)
@@ -345,6 +388,42 @@ class Ops:
 
             node = book.node(backward)
         del back
+        return Value(out, x.e, node)
+
+    def _frozen_rms_norm(self, x: Value, width: int, *, groups: int) -> Value:
+        """Ours (``engine/fused.py``): keeps the input as it is (2h) and the reciprocal root.
+
+        Backward ends with the gradient and the input in float32 and the product of both (12h, 4 of which go
+        at once), beside the gradient that came in.
+        """
+        book, tokens = self.book, self.n.tokens
+        full, own, each = 4 * tokens * width, x.e * tokens * width, 4 * tokens * groups
+        half = x.e != 4
+        wide = book.hold(full) if half else x.block
+        book.touch(full)  # the square
+        root = book.hold(each)
+        normed = wide if half else book.hold(full)
+        back = book.hold(own) if half else normed
+        out = book.hold(own)
+        source, node = x.node, None
+        if source is not None and book.grad_enabled:
+            saved = [x.block, root]
+
+            def backward(gradient: Gradient) -> None:
+                grad = book.hold(own)  # through the weight
+                if half:
+                    grad = book.hold(full)
+                wide = book.hold(full) if half else grad
+                book.touch(full)  # their product, summed at once
+                along = book.hold(each)
+                made = book.hold(own) if half else grad
+                del grad, wide, along
+                gradient.clear()
+                saved.clear()
+                book.accumulate(source, made)
+
+            node = book.node(backward)
+        del wide, root, normed, back
         return Value(out, x.e, node)
 
     def norm(self, x: Value, width: int, *, groups: int = 1, last: bool = False) -> Value:

@@ -103,7 +103,7 @@ def offers(gpu: str, **given: object) -> list[str]:
 
 
 def test_checkpointing_is_the_first_offer_where_it_is_off() -> None:
-    found = offers("RTX 4090", gradient_checkpointing=False, batch_size=2)
+    found = offers("RTX 4090", gradient_checkpointing=False, batch_size=3)
     assert found[0] == "--gradient-checkpointing"
 
 

@@ -232,7 +232,7 @@ def test_checkpointing_has_no_one_factor() -> None:
 
     wide = {"rows": 4, "length": 2048}
     factors = [f"{factor():.3f}", f"{factor(stack='lora-tune', **wide):.3f}"]
-    assert factors == ["0.033", "0.074"]
+    assert factors == ["0.033", "0.084"]
     falls = [1 - peak() / peak(checkpointing=False), 1 - peak(**wide) / kept()]
     assert [f"{100 * fall:.0f} %" for fall in falls] == ["37 %", "75 %"]
     quotes('"Gradient checkpointing multiplies activations by 0.15"', *factors, "37 %", "75 %")
