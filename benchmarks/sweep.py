@@ -302,6 +302,8 @@ def _arm_cells(name: str, arm: Mapping[str, object], other: float | None) -> lis
     how = settings.get("label") or (
         f"{settings['compute_dtype']}, {settings['lanes']} lanes, micro-batch {settings['micro_batch']}"
     )
+    if int(str(settings.get("workers", 1))) > 1:
+        how = f"{settings['workers']} processes, each: {how}"
     return [
         f"{name}: {arm['name']}",
         str(how),
@@ -332,6 +334,7 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[Sweep, list[str]]:
         held_out=tuple(sorted(held_out, key=lambda row: -len(row.input_ids))),
         compute_dtype=options.compute_dtype,
         lanes=options.lanes,
+        workers=options.workers,
         rungs=tuple(options.rungs),
     )
     return sweep, notes
@@ -434,6 +437,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=8, help="rows a step; default 8")
     add("--eval-rows", type=int, default=64, help="held-out rows, evaluated once a trial")
     add("--lanes", type=int, help="of arm a; default: as a study's probe chooses")
+    add("--workers", type=int, default=1, help="processes of arms a and e, each with a base")
     add("--rungs", type=float, nargs="+", default=[0.25, 1.0], help="of arm e, shares of a run")
     add("--model", help="a folder, a catalogue name (random weights), or " + PACKAGED)
     add("--quantization", choices=("nf4", "none"), default="nf4")
@@ -456,8 +460,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.length = 512 if on_gpu else DOCSTRING_SIZES[0]
     if options.output is None:
         options.output = RESULTS / f"sweep-{options.device}.json"
-    if min(options.trials, options.steps, options.batch, options.eval_rows) < 1:
-        parser.error("--trials, --steps, --batch and --eval-rows are at least 1")
+    if min(options.trials, options.steps, options.batch, options.eval_rows, options.workers) < 1:
+        parser.error("--trials, --steps, --batch, --eval-rows and --workers are at least 1")
+    if options.workers > 1 and options.lanes is None:
+        parser.error("--workers needs --lanes: the probe measures one process that has all cores")
     return options
 
 

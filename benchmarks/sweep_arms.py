@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -47,6 +48,7 @@ from lora_tune.engine.base import (
     quantization_config,
     quiet_transformers,
 )
+from lora_tune.engine.host_allocator import keep_freed_memory
 from lora_tune.engine.lora import LaneAdapter, default_group_rank
 from lora_tune.engine.loss import label_losses
 from lora_tune.engine.memory_errors import is_out_of_memory
@@ -54,6 +56,7 @@ from lora_tune.engine.memory_reading import open_meter
 from lora_tune.engine.pack import PackSettings, TrialPack
 from lora_tune.engine.probe import Probe, ProbeOptions, by_product_speed, measure_tokens_per_s
 from lora_tune.executors.in_process import InProcessExecutor
+from lora_tune.executors.interface import Executor
 from lora_tune.records import EvalResult, LaneJob, LaneOutcome, TokenizedRow, TrialConfig
 
 ARMS = {
@@ -88,6 +91,7 @@ class Sweep:
     held_out: tuple[TokenizedRow, ...]
     compute_dtype: str = "auto"
     lanes: int | None = None  # of arm a; None: as the product's probe chooses
+    workers: int = 1  # processes of arms a and e
     rungs: tuple[float, ...] = (0.25, 1.0)
 
     @property
@@ -223,7 +227,6 @@ def run_rungs(sweep: Sweep, choice: Result | None = None) -> Result:
         return {"skipped": f"the ladder needs a package that is not installed ({error.name})"}
     settled, chosen_s = _timed(lambda: choose_plan(sweep) if choice is None else choice)
     rungs = rung_steps(sweep.rungs, total_steps=sweep.steps, min_steps=1)
-    clock = Clock(sweep.device)
     with tempfile.TemporaryDirectory() as work:
         plan = LadderPlan(
             num_trials=len(sweep.configs),
@@ -243,17 +246,16 @@ def run_rungs(sweep: Sweep, choice: Result | None = None) -> Result:
             predict=lambda config: (0, 0),
             trial_folder=lambda number: Path(work) / f"{number:04}",
         )
-        clock.begin()
-        executor = _executor(sweep, settled, clock)
-        while True:
-            for job in ladder.next_jobs(executor.free_slots):
-                executor.submit(job)
-            if not executor.busy:
-                break
-            for outcome in executor.wait():
-                ladder.take(outcome)
-        winner = ladder.finalists(1)[0]
-        found = clock.end()
+        with _executor(sweep, settled) as (executor, clock):
+            while True:
+                for job in ladder.next_jobs(executor.free_slots):
+                    executor.submit(job)
+                if not executor.busy:
+                    break
+                for outcome in executor.wait():
+                    ladder.take(outcome)
+            winner = ladder.finalists(1)[0]
+            found = clock.end()
     results = [result for record in ladder.records.values() for result in record.rungs]
     _split_training(found)
     return {
@@ -309,6 +311,7 @@ def choose_plan(sweep: Sweep) -> Result:
     settings = pack_settings(sweep, sweep.batch)
     found = Probe(base, sweep.train, settings, sweep.largest, options).run()
     return {
+        "workers": sweep.workers,
         "lanes": sweep.lanes or found.lanes,
         "micro_batch": found.micro_batch_size,
         "compute_dtype": found.compute_dtype,
@@ -410,15 +413,13 @@ def _trainer_rate(sweep: Sweep, model: nn.Module, settings: TrainerSettings) -> 
 
 
 def _run_engine(sweep: Sweep, choice: Result) -> Result:
-    clock = Clock(sweep.device)
-    clock.begin()
-    executor = _executor(sweep, choice, clock)
-    for number, config in enumerate(sweep.configs):
-        executor.submit(_job(sweep, number, config))
-    outcomes: list[LaneOutcome] = []
-    while executor.busy:
-        outcomes += executor.wait()
-    found = clock.end()
+    with _executor(sweep, choice) as (executor, clock):
+        for number, config in enumerate(sweep.configs):
+            executor.submit(_job(sweep, number, config))
+        outcomes: list[LaneOutcome] = []
+        while executor.busy:
+            outcomes += executor.wait()
+        found = clock.end()
     _split_training(found)
     trials = [_trial(outcome) for outcome in sorted(outcomes, key=lambda one: one.trial)]
     return found | {
@@ -435,20 +436,33 @@ def _split_training(found: Result) -> None:
     found["training_s"], found["other_s"] = found["other_s"], 0.0
 
 
-def _executor(sweep: Sweep, choice: Result, clock: Clock) -> InProcessExecutor:
+@contextmanager
+def _executor(sweep: Sweep, choice: Result) -> Iterator[tuple[Executor, Clock]]:
+    """Give the product's executor, its base loaded, and the clock, which runs."""
+    if int(str(choice.get("workers", 1))) > 1:
+        from sweep_workers import pool_of
+
+        with pool_of(sweep, choice) as pooled:
+            yield pooled
+        return
+    if sweep.device == "cpu":
+        keep_freed_memory()
+    clock = Clock(sweep.device)
+    clock.begin()
     meter = open_meter(sweep.device)
+    pack = load_pack(sweep, choice, clock)
+    rows = {"selection": sweep.held_out}
+    lanes = int(str(choice["lanes"]))
+    yield InProcessExecutor(pack, rows, lanes=lanes, base_model=None, meter=meter), clock
+
+
+def load_pack(sweep: Sweep, choice: Result, clock: Clock) -> TimedPack:
+    """Return a pack on a freshly loaded base that computes as chosen."""
     base = clock.time("loading_s", lambda: _load_base(sweep))
     base.set_compute_dtype(DTYPES[str(choice["compute_dtype"])])
-    settings = pack_settings(sweep, int(str(choice["micro_batch"])))
-    pack = TimedPack(base, sweep.train, settings)
+    pack = TimedPack(base, sweep.train, pack_settings(sweep, int(str(choice["micro_batch"]))))
     pack.clock = clock
-    return InProcessExecutor(
-        pack,
-        {"selection": sweep.held_out},
-        lanes=int(str(choice["lanes"])),
-        base_model=None,
-        meter=meter,
-    )
+    return pack
 
 
 def _job(sweep: Sweep, number: int, config: TrialConfig) -> LaneJob:

@@ -9,10 +9,11 @@ Autograd keeps what a weight's gradient would need, though nothing frozen gets o
 * ``act(gate) * up``: both factors and the activation's input (6F), where gate and up (4F) are enough: the
   activation is taken again in backward.
 
-A class of a model is exchanged if its own ``forward`` gives the same bits as ours. It is run for that on a
-stand-in for the module that has nothing but what the formula needs: whatever uses more is left as it is.
+A module is exchanged if it has the parts that the formula needs and its class's own ``forward`` gives the
+same bits as ours. That is run on a stand-in which has nothing else: whatever uses more is left as it is.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from torch.nn import functional
 
 _EPS = 1e-3  # of the stand-in: large enough to be seen in its values
 _WIDTH = 64
+_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def fuse_frozen_parts(model: nn.Module) -> None:
@@ -32,11 +34,26 @@ def fuse_frozen_parts(model: nn.Module) -> None:
     What is exchanged on a device is exchanged on the meta device too: classes are compared, not weights.
     """
     for name, module in list(model.named_modules()):
+        if _is_altered(module):
+            continue
         kind: Any = type(module)
-        if _is_rms_norm(kind):
+        if _has_norm_parts(module) and _is_rms_norm(kind):
             model.set_submodule(name, FrozenRMSNorm(module))
-        elif _is_gated(kind) and (act := _activation(module.get_submodule("act_fn"))) is not None:
-            model.set_submodule(name, FrozenGatedMLP(module, act))
+        elif dict(module.named_children()).keys() >= _MLP_PARTS and _is_gated(kind):
+            act = _activation(module.get_submodule("act_fn"))
+            if act is not None:
+                model.set_submodule(name, FrozenGatedMLP(module, act))
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Return whether somebody gave this very module another forward, or hooks, which would be lost."""
+    own = vars(module)
+    return "forward" in own or any(own[kind] for kind in own if kind.endswith("_hooks"))
+
+
+def _has_norm_parts(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters(recurse=False))
+    return parameters.keys() == {"weight"} and "variance_epsilon" in vars(module)
 
 
 class FrozenRMSNorm(nn.Module):
@@ -148,7 +165,7 @@ _BACKWARD: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 @cache
 def _is_rms_norm(kind: type[nn.Module]) -> bool:
     """Return whether a class's forward is Llama's RMSNorm, to the bit."""
-    weight = _example(torch.float32)[0] + 1.0
+    weight = _example(torch.float32)[0, 0] + 1.0
 
     def ours(x: Tensor) -> Tensor:
         normed: Tensor = _RMSNorm.apply(x, weight.to(x.dtype), _EPS)  # type: ignore[no-untyped-call]
@@ -179,10 +196,13 @@ def _is_gated(kind: type[nn.Module]) -> bool:
     return _same_bits(kind, stand_in, ours)
 
 
-def _activation(module: nn.Module) -> str | None:
+def _activation(act_fn: nn.Module) -> str | None:
     """Return the name of an activation that ``_BACKWARD`` has; None if it is another."""
+    if list(act_fn.parameters()):
+        return None
     x = _example(torch.float32)
-    return next((name for name, ours in _FORWARD.items() if torch.equal(module(x), ours(x))), None)
+    found = act_fn(x)
+    return next((name for name, ours in _FORWARD.items() if torch.equal(found, ours(x))), None)
 
 
 def _same_bits(
@@ -190,6 +210,8 @@ def _same_bits(
     stand_in: Callable[[Tensor], SimpleNamespace],
     ours: Callable[[Tensor], Tensor],
 ) -> bool:
+    if len(inspect.signature(kind.forward).parameters) != 2:  # itself and x
+        return False
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = _example(dtype)
         try:
@@ -205,4 +227,4 @@ def _same_bits(
 
 def _example(dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(8, _WIDTH, generator=generator, device="cpu").to(dtype)
+    return torch.randn(2, 4, _WIDTH, generator=generator, device="cpu").to(dtype)

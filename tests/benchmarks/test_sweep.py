@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from sweep import (
+    _arm_cells,
     compare_losses,
     describe_sweep,
     draw_configs,
@@ -88,6 +89,20 @@ def test_all_arms_train_the_same_trials_to_the_same_losses(
     before = trainer_mean(untrained.loss_sums, untrained.label_counts, batch_size=batch)
     moved = [abs(loss / before - 1) for loss in losses["a"]]
     assert min(moved) > 3 * LOSS_DIFFERENCE  # training shows, so equal losses say something
+
+
+def test_two_processes_train_the_same_trials(sweep: Sweep, arms: dict[str, Result]) -> None:
+    found = run_arm("a", replace(sweep, lanes=2, workers=2))
+    settings = found["settings"]
+    assert isinstance(settings, dict)
+    assert (settings["workers"], settings["lanes"]) == (2, 2)
+    compared = compare_losses({"a": arms["a"], "pooled": found})
+    assert compared["without_loss"] == []
+    assert float(str(compared["largest_relative_difference"])) < LOSS_DIFFERENCE
+    makespan, loading = float(str(found["makespan_s"])), float(str(found["loading_s"]))
+    assert 0 < loading < makespan
+    assert 0 < float(str(found["evaluation_s"])) < makespan
+    assert "2 processes, each: float32, 2 lanes" in _arm_cells("a", found, None)[1]
 
 
 def test_every_arm_says_where_its_seconds_went(arms: dict[str, Result]) -> None:
@@ -241,7 +256,13 @@ def test_the_tables_show_all_arms_and_levers(sweep: Sweep, arms: dict[str, Resul
 def test_options_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--trials", "0"])
-    assert "--trials, --steps, --batch and --eval-rows are at least 1" in capsys.readouterr().err
+    assert (
+        "--trials, --steps, --batch, --eval-rows and --workers are at least 1"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        parse(["--workers", "2"])
+    assert "--workers needs --lanes" in capsys.readouterr().err
 
 
 def test_the_command_runs_an_arm_without_the_packages_of_a_search(

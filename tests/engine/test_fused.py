@@ -1,12 +1,15 @@
 """Norms and gated MLPs of a frozen base: the values and gradients of the model's own, less kept."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from lora_tune.engine import fused
+from lora_tune.engine.base import load_base_model
 from lora_tune.engine.fused import FrozenGatedMLP, FrozenRMSNorm, fuse_frozen_parts
 
 SMALL = {
@@ -90,6 +93,8 @@ def test_the_meta_device_decides_alike(model_type) -> None:
     with torch.device("meta"):
         traced = transformers.AutoModelForCausalLM.from_config(config)
     for model in (real, traced):
+        for decided in (fused._is_rms_norm, fused._is_gated):
+            decided.cache_clear()
         fuse_frozen_parts(model)
     assert kinds(real) == kinds(traced)
 
@@ -107,11 +112,11 @@ def test_a_whole_model_gives_the_same_bits_forward(model_type, dtype) -> None:
 def parts(model_type: str, dtype: torch.dtype) -> dict[str, tuple[nn.Module, nn.Module, int]]:
     """Return the norm and the MLP of a layer: the model's own, ours, and the width of their input."""
     own = small_model(model_type, dtype)
-    fused = copy.deepcopy(own)
-    fuse_frozen_parts(fused)
+    changed = copy.deepcopy(own)
+    fuse_frozen_parts(changed)
     names = {"norm": "model.layers.0.input_layernorm", "mlp": "model.layers.0.mlp"}
     found = {
-        part: (own.get_submodule(name), fused.get_submodule(name), 64)
+        part: (own.get_submodule(name), changed.get_submodule(name), 64)
         for part, name in names.items()
     }
     for theirs, ours, _ in found.values():
@@ -127,6 +132,8 @@ def test_gradients_are_those_of_autograd(part) -> None:
     our_out, our_grad, _ = run(ours, x)
     assert torch.equal(our_out, out)
     assert grad.abs().max() > 1e-2
+    if part == "mlp":
+        assert torch.equal(our_grad, grad)
     torch.testing.assert_close(our_grad, grad, rtol=1e-5, atol=1e-6)
 
 
@@ -177,8 +184,9 @@ def test_less_is_kept_for_backward() -> None:
     assert run(theirs, x)[2] - run(ours, x)[2] == 2 * tokens * wide  # the activation
 
 
-def test_checkpointing_takes_the_same_gradients() -> None:
-    _, ours, width = parts("llama", torch.bfloat16)["mlp"]
+@pytest.mark.parametrize("part", ["norm", "mlp"])
+def test_checkpointing_takes_the_same_gradients(part) -> None:
+    _, ours, width = parts("llama", torch.bfloat16)[part]
     x = torch.randn(16, width).to(torch.bfloat16)
     _, plain, _ = run(ours, x)
 
@@ -233,6 +241,20 @@ class Centered(OtherNorm):
         return self.weight * self.normed(x - x.mean(-1, keepdim=True)).to(x.dtype)
 
 
+class OptionalInput(OtherNorm):
+    """Llama's as long as nobody gives the second input."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return self.weight * self.normed(x if gate is None else x * gate).to(x.dtype)
+
+
+class InPlanes(OtherNorm):
+    """Llama's for rows of tokens alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.normed(x.flatten(0, 1) if x.dim() == 3 else x).to(x.dtype)
+
+
 class TwoInputs(OtherNorm):
     """Takes two inputs."""
 
@@ -240,7 +262,9 @@ class TwoInputs(OtherNorm):
         return self.weight * self.normed(x * gate).to(x.dtype)
 
 
-@pytest.mark.parametrize("kind", [InFloat32, WithoutEps, Scaled, Centered, TwoInputs])
+@pytest.mark.parametrize(
+    "kind", [InFloat32, WithoutEps, Scaled, Centered, OptionalInput, InPlanes, TwoInputs]
+)
 def test_a_norm_that_differs_is_left(kind) -> None:
     model = nn.ModuleDict({"norm": kind()})
     fuse_frozen_parts(model)
@@ -250,7 +274,7 @@ def test_a_norm_that_differs_is_left(kind) -> None:
 class OtherMLP(nn.Module):
     """The layers of a gated MLP."""
 
-    def __init__(self, act: nn.Module) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(8, 8), nn.Linear(8, 8)
         self.down_proj, self.act_fn = nn.Linear(8, 8), act
@@ -284,6 +308,8 @@ class Residual(OtherMLP):
         (Same, nn.GELU(approximate="tanh"), True),
         (Same, nn.GELU(), False),
         (Same, nn.ReLU(), False),
+        (Same, nn.PReLU(), False),
+        (Same, torch.nn.functional.silu, False),  # no module
         (ActOfUp, nn.SiLU(), False),
         (Residual, nn.SiLU(), False),
     ],
@@ -292,3 +318,30 @@ def test_an_mlp_that_differs_is_left(kind, act, exchanged) -> None:
     model = nn.ModuleDict({"mlp": kind(act)})
     fuse_frozen_parts(model)
     assert isinstance(model["mlp"], FrozenGatedMLP) is exchanged
+
+
+class Plain(OtherNorm):
+    """Llama's, written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+def test_a_module_with_a_hook_or_a_forward_of_its_own_is_left() -> None:
+    plain, hooked, altered = Plain(), Plain(), Plain()
+    hooked.register_forward_hook(lambda module, args, out: None)
+    altered.forward = lambda x: x  # type: ignore[method-assign]
+    model = nn.ModuleDict({"plain": plain, "hooked": hooked, "altered": altered})
+    fuse_frozen_parts(model)
+    found = {name: type(module) for name, module in model.items()}
+    assert found == {"plain": FrozenRMSNorm, "hooked": Plain, "altered": Plain}
+
+
+def test_loading_a_quantized_base_says_nothing(tiny_llama, caplog) -> None:
+    fused._is_rms_norm.cache_clear()
+    fused._is_gated.cache_clear()
+    base = load_base_model(tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu")
+    assert kinds(base.model)[FrozenRMSNorm] > 0
+    assert not caplog.records

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -29,8 +30,14 @@ print(json.dumps([taken, min(step() for _ in range(10))]))
 
 
 def faults(how: str) -> list[Any]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC")}
     done = subprocess.run(
-        [sys.executable, "-c", PAGES, how], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", PAGES, how],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env=environ,
     )
     found: list[Any] = json.loads(done.stdout)
     return found
@@ -48,6 +55,42 @@ def test_a_later_step_asks_the_kernel_for_no_pages() -> None:
     assert kept < usual / 100
 
 
+class Recorder:
+    """A C library whose mallopt takes blocks up to a size."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.calls: list[tuple[int, int]] = []
+
+    def mallopt(self, what: int, value: int) -> int:
+        self.calls.append((what, value))
+        return int(value <= self.most)
+
+
+@pytest.mark.parametrize(
+    ("most", "taken", "sizes"),
+    [
+        (1 << 31, True, [1 << 30]),
+        (1 << 25, True, [1 << 30, 1 << 25]),
+        (0, False, [1 << 30, 1 << 25]),
+    ],
+)
+def test_an_older_glibc_takes_what_it_can(
+    monkeypatch: pytest.MonkeyPatch, most: int, taken: bool, sizes: list[int]
+) -> None:
+    library = Recorder(most)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert keep_freed_memory({}) is taken
+    assert library.calls == [*((-3, size) for size in sizes), (-1, -1)]
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert keep_freed_memory() is False
+    assert keep_freed_memory({}) is False
+
+
+def test_what_a_person_said_of_the_allocator_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorder(1 << 31)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert keep_freed_memory({"MALLOC_TRIM_THRESHOLD_": "1"}) is False
+    assert library.calls == []
