@@ -91,7 +91,7 @@ def test_all_arms_train_the_same_trials_to_the_same_losses(
     assert min(moved) > 3 * LOSS_DIFFERENCE  # training shows, so equal losses say something
 
 
-def test_two_processes_train_the_same_trials(sweep: Sweep, arms: dict[str, Result]) -> None:
+def test_a_pool_of_processes_trains_the_same_trials(sweep: Sweep, arms: dict[str, Result]) -> None:
     found = run_arm("a", replace(sweep, lanes=2, workers=2))
     settings = found["settings"]
     assert isinstance(settings, dict)
