@@ -406,7 +406,12 @@ def test_the_tables_of_options_show_what_the_command_says(capsys: Capture) -> No
 
 
 def shown_commands() -> list[tuple[str, str]]:
-    return re.findall(r"```console\n\$ (lora-tune .*)\n((?:.*\n)+?)```", PAGE)
+    """Return the estimates that this page and the README show: the command, what it prints."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    in_readme = r"```\n(lora-tune estimate .*)\n```\n\n```\n((?:.*\n)+?)```"
+    found = re.findall(in_readme, readme)
+    assert found
+    return found + re.findall(r"```console\n\$ (lora-tune .*)\n((?:.*\n)+?)```", PAGE)
 
 
 @pytest.mark.parametrize(("command", "shown"), shown_commands())
