@@ -36,6 +36,7 @@ _KINDS: tuple[tuple[type, str], ...] = (
 )
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _WORD = re.compile(r"[a-z_]+")
+_UNION_TAG = re.compile(rf"int|str|bool|float|{AnchorSection.__name__}|.*[\[\](-].*", re.DOTALL)
 _NAME = "letters, digits, _, . and -, at most 100, beginning with a letter, a digit or _"
 
 
@@ -112,23 +113,22 @@ def _one_a_key(details: list[ErrorDetails]) -> list[ErrorDetails]:
     A union reports an error for each of its members, under the member's name.
     """
     kept: dict[Key, ErrorDetails] = {}
-    inner: set[Key] = set()  # what holds a key with an error of its own
     for detail in details:
         *path, last = detail["loc"] or ("",)
         own_word = detail["type"] == "extra_forbidden"  # then the last part is the user's
         key = tuple(part for part in path if not _is_union_tag(part))
         if detail["loc"] and (own_word or not _is_union_tag(last)):
             key = (*key, last)
-        kept.setdefault(key, {**detail, "loc": key})
-        inner.update(key[:length] for length in range(len(key)))
+        if key not in kept:
+            detail["loc"] = key
+            kept[key] = detail
+    holders = {key[:-1] for key in kept}  # what holds a key with an error of its own
+    inner = {holder[:length] for holder in holders for length in range(len(holder) + 1)}
     return [detail for key, detail in kept.items() if key == () or key not in inner]
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (
-        part in ("int", "str", "bool", "float", AnchorSection.__name__)
-        or any(mark in part for mark in "[](-")
-    )
+    return isinstance(part, str) and _UNION_TAG.fullmatch(part) is not None
 
 
 def _line_of(detail: ErrorDetails, lines: Mapping[Key, int]) -> int | None:

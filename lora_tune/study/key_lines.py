@@ -16,6 +16,7 @@ Key = tuple[str | int, ...]
 # A study file needs three of each.
 MOST_PARTS = 32
 MOST_BRACKETS = 32
+MOST_ITEMS = 10_000  # in one pair of brackets
 MOST_CHARACTERS = 1000  # of a number; Python itself refuses decimal ones of more than 4300 digits
 
 _TOKEN = re.compile(
@@ -47,7 +48,8 @@ def key_lines(text: str) -> dict[Key, int]:
     r"""Return the line, from 1 on, in which each key and each item of a list begins.
 
     Raises:
-        UnfitTextError: It has more brackets, parts of a key, or digits of a number than any study file.
+        UnfitTextError: It has more brackets, parts of a key, items in a bracket, or digits of a number than
+            any study file.
 
     >>> key_lines("[space]\nrank = [\n  4,\n  8]")
     {('space',): 1, ('space', 'rank'): 2, ('space', 'rank', 0): 3, ('space', 'rank', 1): 4}
@@ -117,6 +119,10 @@ class _Reader:
         elif mark == "," and self.brackets:
             bracket = self.brackets[-1]
             self.counts[bracket.key] = self.counts.get(bracket.key, 0) + 1
+            if self.counts[bracket.key] > MOST_ITEMS:
+                raise UnfitTextError(
+                    self.line, f"one pair of brackets holds more than {MOST_ITEMS:,} items"
+                )
             self.parts, self.value = [], bracket.key if bracket.is_list else None
 
     @property

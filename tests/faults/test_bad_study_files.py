@@ -242,9 +242,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b"[train]\n" + b"".join(b"k%d=1\n" % n for n in range(20_000)),
         "and 19,982 more faults like these.",
     ),
-    "100,000 items": (
-        b"[space]\nrank = [" + b"0," * 100_000 + b"]\n",
-        "and 99,982 more faults like these.",
+    "10,000 items": (
+        b"[space]\nrank = [" + b"0," * 10_000 + b"]\n",
+        "and 9,982 more faults like these.",
+    ),
+    "80,000 items": (
+        b"[space]\nrank = [\n" + b"0,\n" * 80_000 + b"]\n",
+        ":10003: one pair of brackets holds more than 10,000 items. This is no study file.",
     ),
     "a line of 200,000 characters": (b"[model]\nbase = '" + b"x" * 200_000, ":2: not valid TOML"),
     "a key of 200,000 characters": (b"[model]\n" + b"x" * 200_000 + b" = 1\n", ":2: unknown key"),
