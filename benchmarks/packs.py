@@ -123,7 +123,7 @@ def measure_lanes(base: BaseModel, cell: Cell, *, lanes: int, micro_batch: int) 
     """Return the reading of a pack of ``lanes`` lanes."""
 
     def work() -> list[float]:
-        pack, members = _new_pack(base, cell, lanes=lanes, micro_batch=micro_batch)
+        pack, members = new_pack(base, cell, lanes=lanes, micro_batch=micro_batch)
         pack.train_step(members)
         return [seconds_of(lambda: pack.train_step(members), cell.device) for _ in repeats]
 
@@ -143,7 +143,7 @@ def measure_in_turn(base: BaseModel, cell: Cell, *, lanes: int, micro_batch: int
     in_turn: list[float] = []
 
     def work() -> list[float]:
-        pack, members = _new_pack(base, cell, lanes=lanes, micro_batch=micro_batch)
+        pack, members = new_pack(base, cell, lanes=lanes, micro_batch=micro_batch)
         for number in range(cell.repeat + 1):
             together = seconds_of(lambda: pack.train_step(members), cell.device)
             alone = sum(
@@ -202,9 +202,10 @@ def measure_trainer(model: nn.Module, cell: Cell, settings: TrainerSettings) -> 
     return reading
 
 
-def _new_pack(
+def new_pack(
     base: BaseModel, cell: Cell, *, lanes: int, micro_batch: int
 ) -> tuple[TrialPack, list[Lane]]:
+    """Return a pack and equal lanes at their start, which train for longer than anybody measures."""
     settings = PackSettings(
         effective_batch_size=cell.batch,
         micro_batch_size=micro_batch,

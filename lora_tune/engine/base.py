@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import bitsandbytes as bnb
@@ -33,12 +34,16 @@ class BaseModel:
         layout: Who owns which rows of the running batch; ``TrialPack`` sets it before each pass.
         linears: Every linear layer that LoRA can adapt, the output head excluded.
         flat: Whether the rows of a pass lie in one line without padding (engine/attention.py).
+        mean_linear_size: Multiply-adds of a token in one of ``linears``, on average.
+        is_thread_safe: Whether passes in several threads at once leave each other alone.
     """
 
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype) -> None:
         self.model = model.requires_grad_(False).eval()
         self.layout = PackLayout()
         self.linears = linear_shapes(model)
+        self.mean_linear_size = fmean(s.in_features * s.out_features for s in self.linears)
+        self.is_thread_safe = not any(_follows_lengths(module) for module in model.modules())
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         for shape in self.linears:
@@ -218,6 +223,18 @@ def read_meta_model(folder: Path) -> MetaModel:
     linears = linear_shapes(model)
     adaptable = sum(shape.in_features * shape.out_features for shape in linears)
     return MetaModel(linears, sum(p.numel() for p in model.parameters()) - adaptable)
+
+
+def _follows_lengths(module: nn.Module) -> bool:
+    """Return whether rotary embeddings exchange their frequencies, in place, by the rows of a pass.
+
+    Source of the names: ``transformers.modeling_rope_utils.dynamic_rope_update``.
+    """
+    kinds = vars(module).get("rope_type", "")
+    return any(
+        "dynamic" in kind or kind == "longrope"
+        for kind in (kinds.values() if isinstance(kinds, dict) else [str(kinds)])
+    )
 
 
 def _in_out(module: nn.Module) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ checkpointed layer is computed again. A mask has a row for each real token, none
 """
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -140,9 +141,13 @@ class RowCut(NamedTuple):
     slots_N: Tensor | None  # where each token lies in (num_rows * length); None: rows are equal
 
 
-@dataclass(slots=True)
-class PackLayout:
-    """Who owns which tokens of the batch that is being computed; shared by all packed layers."""
+@dataclass
+class PackLayout(threading.local):
+    """Who owns which tokens of the batch that is being computed; shared by all packed layers.
+
+    Each thread has values of its own: parts of a pack are computed beside each other on a CPU
+    (``lane_threads.py``).
+    """
 
     adapters: tuple[LaneAdapter | None, ...] = ()
     tokens: tuple[slice, ...] = ()  # of each lane

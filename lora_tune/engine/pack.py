@@ -13,13 +13,15 @@ optimizer step of the pack takes effect (AdamW's ``found_inf``). When that is re
 to that step and take it again, each with products of its own: the lane that failed is then told from its
 neighbours, and these go on as if it had never been there.
 
+On a CPU the lanes of a step are cut into parts that are computed beside each other (``lane_threads.py``).
+
 A lane whose readings put it in doubt is compared at once with the bare base on the rows of those steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from lora_tune.engine.base import BaseModel
 from lora_tune.engine.batches import Batch, RowArrays, as_arrays, collate, rows_of_step
 from lora_tune.engine.lane import Lane, load_state, new_adamw
 from lora_tune.engine.lane_files import job_key, load_lane, save_lane
+from lora_tune.engine.lane_threads import LaneThreads, cut, num_parts
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.loss import label_losses
 from lora_tune.errors import StoreError
@@ -40,6 +43,7 @@ READ_EVERY_ON_GPUS = 10
 # Without a backward pass nothing is kept for it: so many more rows fit (a layer's own tensors remain).
 EVALUATION_ROWS = 2
 _KEPT_ROWS = 8192  # rows that are kept as arrays
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,13 @@ class PassSize(NamedTuple):
 NO_PASS = PassSize(0, 0, 0)
 
 
+class _Part(NamedTuple):
+    """What a part of the lanes left, which one thread computed."""
+
+    losses_K: Tensor
+    largest_pass: PassSize
+
+
 class _Unread(NamedTuple):
     """A step whose losses and gradient norms are still on the device."""
 
@@ -100,6 +111,7 @@ class TrialPack:
         self._halted = torch.zeros((), device=base.device)
         self._apart = False  # whether the next step is taken with products apart, and read at once
         self._arrays = lru_cache(maxsize=_KEPT_ROWS)(lambda number: as_arrays(train[number]))
+        self._threads = LaneThreads(base.device)
 
     def new_lane(self, job: LaneJob) -> Lane:
         """Return a lane where the job's saved state is, else at ``job.start_step``, or the bare base.
@@ -275,12 +287,46 @@ class TrialPack:
         return self._accumulate(lanes, 0 if self._isolated else self.settings.group_rank)
 
     def _accumulate(self, lanes: Sequence[Lane], group_rank: int) -> Gradients:
+        own_rows = [self._micro_batches(lane) for lane in lanes]
+        num_tokens = [sum(len(row.ids) for rows in own for row in rows) for own in own_rows]
+        parts = self._cut([tokens / len(own_rows[0]) for tokens in num_tokens])
+        found = self._threads.run(
+            [
+                partial(
+                    self._accumulate_part,
+                    [lanes[k] for k in part],
+                    [own_rows[k] for k in part],
+                    group_rank,
+                )
+                for part in parts
+            ]
+        )
+        self._note_passes([part.largest_pass for part in found])
+        losses_K = _in_turn(parts, [part.losses_K.unbind() for part in found])
+        return Gradients(torch.stack(losses_K), num_tokens)
+
+    def _cut(self, pass_tokens: Sequence[float]) -> list[list[int]]:
+        """Return which lanes are computed in each thread: in all but a CPU one part."""
+        if not self.base.is_thread_safe:
+            return [list(range(len(pass_tokens)))]
+        sizes = [tokens * self.base.mean_linear_size for tokens in pass_tokens]
+        return cut(sizes, num_parts(sizes, cores=self._threads.cores))
+
+    def _note_passes(self, beside: Sequence[PassSize]) -> None:
+        """Take passes that were computed beside each other as one."""
+        rows, lengths, labels = zip(*beside, strict=True)
+        size = (sum(rows), max(lengths), sum(labels))
+        self.largest_pass = PassSize(*map(max, self.largest_pass, size))
+
+    def _accumulate_part(
+        self, lanes: Sequence[Lane], own_rows: Sequence[list[list[RowArrays]]], group_rank: int
+    ) -> _Part:
         order = sorted(range(len(lanes)), key=lambda k: _group_key(lanes[k].adapter))
         ordered = [lanes[k] for k in order]
-        parts = [self._micro_batches(lane) for lane in ordered]
+        parts = [own_rows[k] for k in order]
         labels = [sum(len(row.positions) for rows in own for row in rows) for own in parts]
-        num_tokens = [sum(len(row.ids) for rows in own for row in rows) for own in parts]
         losses_K = torch.zeros(len(lanes), device=self.base.device)
+        largest = NO_PASS
         layout = self.base.layout
         layout.adapters = tuple(lane.adapter for lane in ordered)
         layout.steps = tuple(lane.step + 1 for lane in ordered)
@@ -292,13 +338,13 @@ class TrialPack:
                 lane.adapter.flat.grad.zero_()
             for micro_step in range(len(parts[0])):
                 batch = self._pack_rows([own[micro_step] for own in parts], micro_step)
+                largest = PassSize(*map(max, largest, _size_of(batch)))
                 losses_K += self._backward(ordered, batch, labels)
         finally:
             layout.clear()
-        back = np.argsort(order)
         # by slices: an index tensor from the host would make the host wait for the device
         in_turn = losses_K.unbind()
-        return Gradients(torch.stack([in_turn[i] for i in back]), [num_tokens[i] for i in back])
+        return _Part(torch.stack([in_turn[i] for i in np.argsort(order)]), largest)
 
     def _backward(self, lanes: Sequence[Lane], batch: Batch, labels: Sequence[int]) -> Tensor:
         """Return each lane's share of its loss in this micro-batch; gradients go into the lanes."""
@@ -315,24 +361,54 @@ class TrialPack:
         weighted = torch.split(found.losses_N * weights_L, list(batch.labels))
         return torch.stack([part.sum() for part in weighted])
 
-    @torch.no_grad()
     def evaluate(
         self, adapters: Sequence[LaneAdapter | None], rows: Sequence[TokenizedRow], *, split: str
     ) -> list[EvalResult]:
-        """Return every adapter's per-example losses on ``rows``; all adapters share each pass."""
+        """Return every adapter's per-example losses on ``rows``; adapters share passes."""
+        by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
+        size = EVALUATION_ROWS * self.settings.micro_batch_size
+        chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
+        num_tokens = sum(len(row.input_ids) for row in rows)
+        parts = self._cut([num_tokens / len(chunks)] * len(adapters))
+        found = self._threads.run(
+            [
+                partial(self._evaluate_part, [adapters[k] for k in part], rows, chunks)
+                for part in parts
+            ]
+        )
+        self._note_passes([largest for _, largest in found])
+        sums = _in_turn(parts, [part_sums for part_sums, _ in found])
+        dtype = str(self.base.compute_dtype).removeprefix("torch.")
+        return [
+            EvalResult(
+                split=split,
+                loss_sums=tuple(float(value) for value in lane_sums),
+                label_counts=tuple(row.num_labels for row in rows),
+                compute_dtype=dtype,
+            )
+            for lane_sums in sums
+        ]
+
+    @torch.no_grad()
+    def _evaluate_part(
+        self,
+        adapters: Sequence[LaneAdapter | None],
+        rows: Sequence[TokenizedRow],
+        chunks: Sequence[Sequence[int]],
+    ) -> tuple[np.ndarray, PassSize]:
+        """Return loss sums, (len(adapters), len(rows)), and the largest pass."""
         order = sorted(range(len(adapters)), key=lambda k: _group_key(adapters[k]))
         layout = self.base.layout
         layout.adapters = tuple(adapters[k] for k in order)
         layout.steps = (0,) * len(adapters)
         layout.group_rank = 0 if self._isolated else self.settings.group_rank
-        by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
-        size = EVALUATION_ROWS * self.settings.micro_batch_size
-        chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
         losses, row_labels = [], []
+        largest = NO_PASS
         try:
             for chunk in chunks:
                 part = [as_arrays(rows[i]) for i in chunk]
                 batch = self._pack_rows([part] * len(adapters), 0)
+                largest = PassSize(*map(max, largest, _size_of(batch)))
                 hidden_LH = self._label_hidden(batch)
                 losses.append(label_losses(hidden_LH, self.base.head, batch.targets_L, None))
                 row_labels.append(batch.row_labels)
@@ -349,16 +425,7 @@ class TrialPack:
             stop = start + len(adapters) * len(chunk)
             sums[np.ix_(order, chunk)] = summed[start:stop].reshape(len(adapters), len(chunk))
             start = stop
-        dtype = str(self.base.compute_dtype).removeprefix("torch.")
-        return [
-            EvalResult(
-                split=split,
-                loss_sums=tuple(float(value) for value in lane_sums),
-                label_counts=tuple(row.num_labels for row in rows),
-                compute_dtype=dtype,
-            )
-            for lane_sums in sums
-        ]
+        return sums, largest
 
     def _micro_batches(self, lane: Lane) -> list[list[RowArrays]]:
         """Return the lane's next effective batch, rows of similar length together."""
@@ -380,15 +447,26 @@ class TrialPack:
     def _pack_rows(self, lane_rows: Sequence[Sequence[RowArrays]], micro_step: int) -> Batch:
         """Put the lanes' rows under each other and tell the packed layers whose they are."""
         batch = collate(lane_rows, self.base.device, flat=self.base.flat)
-        rows = len(batch.row_labels)
-        length = -(-batch.ids.numel() // rows)
-        size = (rows, length, len(batch.positions_L))
-        self.largest_pass = PassSize(*map(max, self.largest_pass, size))
         self.base.layout.set_pass(batch.tokens, batch.real, batch.cut, micro_step=micro_step)
         return batch
 
     def _label_hidden(self, batch: Batch) -> Tensor:
         return self.base.hidden_states(batch).flatten(0, 1)[batch.positions_L]
+
+
+def _size_of(batch: Batch) -> PassSize:
+    rows = len(batch.row_labels)
+    return PassSize(rows, -(-batch.ids.numel() // rows), len(batch.positions_L))
+
+
+def _in_turn(parts: Sequence[Sequence[int]], found: Sequence[Iterable[T]]) -> list[T]:
+    """Return what was found for the items of each part, in the order of the items."""
+    by_item = {
+        item: value
+        for part, values in zip(parts, found, strict=True)
+        for item, value in zip(part, values, strict=True)
+    }
+    return [by_item[item] for item in sorted(by_item)]
 
 
 def _group_key(adapter: LaneAdapter | None) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from lora_tune.engine.base import DTYPES, BaseModel
+from lora_tune.engine.lane_threads import most_gain
 from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.engine.pack import PackSettings, TrialPack
 from lora_tune.memory.request import WORTHWHILE_GAIN
@@ -401,13 +402,13 @@ class Probe:
             row_s *= HOPELESS_PRODUCTS
         seconds = self._passes_of(dtype) * num_rows * row_s + lanes * self._setup_s
         most_rows = max(num_rows, self._sizes[-1]) if lanes == 1 else num_rows
-        return self._within_share(seconds, self._most_tokens_per_s(most_rows))
+        return self._within_share(seconds, self._most_tokens_per_s(most_rows, lanes=lanes))
 
-    def _most_tokens_per_s(self, num_rows: int) -> float:
+    def _most_tokens_per_s(self, num_rows: int, *, lanes: int) -> float:
         """Return more than a pass of so many rows can reach.
 
         The tokens/s of n rows are n / (overhead + n * seconds a row): doubling the rows gains less each time,
-        and less than it did between the two largest readings.
+        and less than it did between the two largest readings. The second lane brings parts with it.
         """
         known: dict[int, float] = {}
         for reading in self.readings:
@@ -420,6 +421,8 @@ class Probe:
             gain = known[largest] / known[smaller[0]]
             power = min(1.0, max(0.0, math.log(gain) / math.log(largest / smaller[0])))
         reached: float = known[largest] * max(1.0, num_rows / largest) ** power
+        if lanes > 1 and all(reading.lanes == 1 for reading in self.readings):
+            reached *= most_gain(self.base.device)
         return max(reached, self.kept.tokens_per_s)
 
     def _within_share(self, reading_s: float, tokens_per_s: float) -> bool:

@@ -468,6 +468,43 @@ def test_the_probe_keeps_to_its_share_of_the_study_after_the_first_reading(
     assert (lengths[0], lengths[-1]) == (1, len(complete.readings))
 
 
+@dataclass
+class Cores(Device):
+    """Lanes of four rows are computed beside each other, 1.75 times as fast as a lane alone."""
+
+    def compute(self, dtype: torch.dtype, num_tokens: int) -> None:
+        before = self.now
+        super().compute(dtype, num_tokens)
+        self.now = before + (self.now - before) / self._gain(num_tokens)
+
+    def tokens_per_s(self, num_tokens: float) -> float:
+        return super().tokens_per_s(num_tokens) * self._gain(num_tokens)
+
+    def _gain(self, num_tokens: float) -> float:
+        return 1.75 if num_tokens > 4 * LEAST_PASS_TOKENS else 1.0
+
+
+def test_that_the_second_lane_may_bring_parts_is_reckoned_with(
+    probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shares() -> list[float]:
+        """Return what probes of several readings took of their studies, as a multiple of what they may."""
+        found = []
+        for study_tokens in range(10_000, 200_000, 5_000):
+            device = Cores(overhead_s=0.1)
+            result = probe(device, most_lanes=lambda size: 2, study_tokens=study_tokens)
+            num_tokens = result.lanes * result.micro_batch_size * LEAST_PASS_TOKENS
+            study_s = study_tokens / device.tokens_per_s(num_tokens)
+            if len(result.readings) > 1:
+                found.append(result.probe_s / (MOST_COST * study_s))
+        return found
+
+    monkeypatch.setattr(probe_module, "most_gain", lambda device: 1.75)
+    assert 0.5 < max(shares()) <= 1.0
+    monkeypatch.setattr(probe_module, "most_gain", lambda device: 1.0)
+    assert max(shares()) > 1.0
+
+
 def test_a_study_too_short_to_find_out_trains_as_many_rows_a_pass_as_fit(probe) -> None:
     found = probe(Device(overhead_s=100.0), study_tokens=10.0)
     assert plans(found) == [(1, 1)]

@@ -1,17 +1,18 @@
 """Lanes that come and go at different steps, against plain PEFT + torch (engine/reference.py).
 
 Rows differ much in length, lanes are at different steps of different segments, so a pass mixes rows of every
-length; the pack trains with accumulation and checkpointing on and off, losses are read late, and one
-lane may fail in the middle.
+length; the pack trains with accumulation and checkpointing on and off, in one part and in two beside each
+other, losses are read late, and one lane may fail in the middle.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from lora_tune.engine import lane_threads
 from lora_tune.engine.base import BaseModel, load_base_model
 from lora_tune.engine.lane import Lane
 from lora_tune.engine.lora import LaneAdapter
@@ -29,6 +30,16 @@ LANES = [
     (16, 0.0, 4, 3, 4),
     (2, 0.1, 1, 4, 3),
 ]
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one part", "two parts"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Into how many parts, computed beside each other, a pack of several lanes is cut."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(lane_threads, "LEAST_WORK", 0)
+    yield request.param
+    torch.set_num_threads(threads)
 
 
 def make_job(lane: int) -> LaneJob:

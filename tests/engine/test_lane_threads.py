@@ -1,0 +1,292 @@
+"""Parts of a pack beside each other: how lanes are cut, what a thread may use, whose numbers are whose."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_tune.engine import lane_threads
+from lora_tune.engine.base import BaseModel, load_base_model
+from lora_tune.engine.lane_threads import LaneThreads, cut, num_parts
+from lora_tune.engine.lora import PackLayout
+from lora_tune.engine.pack import NO_PASS, PackSettings, TrialPack
+from lora_tune.records import LaneJob, TrialConfig
+
+SIZES = st.lists(st.floats(0, 1e9), min_size=1, max_size=12)
+CPU = torch.device("cpu")
+SETTINGS = PackSettings(
+    effective_batch_size=4,
+    micro_batch_size=2,
+    max_grad_norm=1.0,
+    weight_decay=0.0,
+    group_rank=64,
+)
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads for an operation, and no pack too small to be cut."""
+    monkeypatch.setattr(lane_threads, "LEAST_WORK", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@given(SIZES, st.integers(1, 8))
+def test_every_item_is_in_one_part_and_no_part_could_give_its_smallest_away(sizes, count):
+    parts = cut(sizes, count)
+    assert sorted(item for part in parts for item in part) == list(range(len(sizes)))
+    assert all(part == sorted(part) for part in parts)
+    totals = [sum(sizes[item] for item in part) for part in parts]
+    for part, total in zip(parts, totals, strict=True):
+        if part:
+            smallest = min(sizes[item] for item in part)
+            assert total - smallest <= min(totals) * (1 + 1e-9)
+
+
+@given(SIZES, st.integers(1, 64))
+def test_there_are_no_more_parts_than_lanes_cores_and_work(sizes, cores):
+    count = num_parts(sizes, cores=cores)
+    assert 1 <= count <= min(len(sizes), cores)
+    if count > 1:
+        parts = cut(sizes, count)
+        assert min(sum(sizes[k] for k in part) for part in parts) >= lane_threads.LEAST_WORK
+
+
+def test_works_run_beside_each_other_on_their_share_of_the_cores_and_answer_in_order(two_cores):
+    threads = LaneThreads(CPU)
+    both_there = threading.Barrier(2, timeout=20)
+
+    def work(name: str) -> tuple[str, int, int]:
+        both_there.wait()  # would break if one came after the other
+        return name, torch.get_num_threads(), threading.get_ident()
+
+    for _ in range(2):
+        found = threads.run([lambda: work("a"), lambda: work("b")])
+        assert [(name, share) for name, share, _ in found] == [("a", 1), ("b", 1)]
+        assert threading.get_ident() not in {ident for *_, ident in found}
+        assert torch.get_num_threads() == 2
+    fresh: list[int] = []
+    later = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert fresh == [2]
+
+
+def test_a_single_work_is_done_where_it_is_asked_for(two_cores):
+    [(ident, share)] = LaneThreads(CPU).run(
+        [lambda: (threading.get_ident(), torch.get_num_threads())]
+    )
+    assert ident == threading.get_ident()
+    assert share == 2
+
+
+def test_a_work_that_raises_is_heard_when_the_others_have_ended(two_cores):
+    ended = []
+
+    def slow() -> None:
+        time.sleep(0.2)
+        ended.append("slow")
+
+    def bad() -> None:
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        LaneThreads(CPU).run([bad, slow])
+    assert ended == ["slow"]
+    assert torch.get_num_threads() == 2
+
+
+def test_other_devices_have_one_part():
+    assert LaneThreads(torch.device("meta")).cores == 1
+
+
+def test_each_thread_has_a_layout_of_its_own():
+    layout = PackLayout()
+    layout.group_rank = 64
+    seen: list[tuple[object, ...]] = []
+    other = threading.Thread(target=lambda: seen.append((layout.group_rank, layout.adapters)))
+    other.start()
+    other.join()
+    assert seen == [(0, ())]
+    assert layout.group_rank == 64
+
+
+def make_job(base: BaseModel, lane: int, *, dropout: float = 0.1) -> LaneJob:
+    config = TrialConfig(
+        rank=(4, 16, 8)[lane % 3],
+        lora_alpha=16.0,
+        lora_dropout=dropout,
+        target_set="test",
+        target_modules=tuple(shape.name for shape in base.linears[lane % 2 :: 2]),
+        learning_rate=1e-2,
+        init_seed=lane,
+        dropout_seed=lane,
+        data_seed=lane,
+    )
+    return LaneJob(
+        trial=lane,
+        rung=0,
+        config=config,
+        start_step=0,
+        hold_step=50,
+        end_step=50,
+        warmup_steps=0,
+        eval_split="selection",
+        eval_dtype="train",
+        start_folder=None,
+        result_folder=None,
+    )
+
+
+class Counted(LaneThreads):
+    """Notes how many parts there were each time."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.counts: list[int] = []
+
+    def run(self, works):
+        self.counts.append(len(works))
+        return super().run(works)
+
+
+def train(base: BaseModel, rows, *, lanes: int, steps: int):
+    pack = TrialPack(base, rows, SETTINGS)
+    pack._threads = threads = Counted()
+    members = [pack.new_lane(make_job(base, lane)) for lane in range(lanes)]
+    for _ in range(steps):
+        pack.train_step(members)
+    results = pack.evaluate(
+        [None, *(lane.adapter for lane in members)], rows[:9], split="selection"
+    )
+    return pack, members, results, threads.counts
+
+
+def assert_alike(found, wanted, *, rel: float) -> None:
+    _, lanes, results, _ = found
+    _, wanted_lanes, wanted_results, _ = wanted
+    for lane, other in zip(lanes, wanted_lanes, strict=True):
+        losses = [point.train_loss for point in lane.points]
+        assert losses == pytest.approx([point.train_loss for point in other.points], rel=rel)
+        assert [p.num_tokens for p in lane.points] == [p.num_tokens for p in other.points]
+    for result, other in zip(results, wanted_results, strict=True):
+        assert result.loss_sums == pytest.approx(other.loss_sums, rel=rel)
+
+
+def test_parts_train_and_evaluate_as_the_whole_does(tiny_llama, make_rows, two_cores):
+    rows = make_rows(20, seed=1, longest=40)
+    base = load_base_model(tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu")
+    found = train(base, rows, lanes=5, steps=4)
+    assert found[-1] == [2] * 5
+    torch.set_num_threads(1)
+    wanted = train(base, rows, lanes=5, steps=4)
+    assert wanted[-1] == [1] * 5
+    assert_alike(found, wanted, rel=1e-5)
+
+
+def test_parts_give_the_same_bits_every_time(tiny_llama, make_rows, two_cores):
+    rows = make_rows(20, seed=1, longest=40)
+    base = load_base_model(tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu")
+    once, again = (train(base, rows, lanes=4, steps=4) for _ in range(2))
+    for lane, other in zip(once[1], again[1], strict=True):
+        assert lane.points == other.points
+        assert torch.equal(lane.adapter.flat, other.adapter.flat)
+    assert once[2] == again[2]
+
+
+def test_the_largest_pass_is_that_of_all_parts_together(tiny_llama, make_rows, two_cores):
+    rows = make_rows(20, seed=1, longest=40)
+    base = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+    pack, members, _, _ = train(base, rows, lanes=4, steps=1)
+    pack.largest_pass = NO_PASS
+    pack.accumulate(members)
+    assert pack.largest_pass.rows == 4 * SETTINGS.micro_batch_size
+    labels = pack.largest_pass.num_labels
+    torch.set_num_threads(1)
+    pack.largest_pass = NO_PASS
+    pack.accumulate(members)
+    assert pack.largest_pass.rows == 4 * SETTINGS.micro_batch_size
+    assert labels >= pack.largest_pass.num_labels  # the largest of each part may be of other passes
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 160,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "phi3",
+    "gpt_neox",
+    "stablelm",
+    "granite",
+)
+
+
+def small_base(model_type: str, **more: object) -> BaseModel:
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **more})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return BaseModel(model, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_leave_each_other_alone_in_every_family(
+    family, checkpointing, make_rows, two_cores
+):
+    base = small_base(family)
+    base.set_gradient_checkpointing(checkpointing)
+    assert base.is_thread_safe
+    rows = make_rows(20, seed=2, longest=60)
+    found = train(base, rows, lanes=4, steps=3)
+    assert set(found[-1]) == {2}
+    torch.set_num_threads(1)
+    assert_alike(found, train(base, rows, lanes=4, steps=3), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_model_whose_frequencies_follow_the_rows_is_not_cut(rope, make_rows, two_cores):
+    base = small_base("llama", rope_parameters={"rope_theta": 10000.0, **rope})
+    assert not base.is_thread_safe
+    *_, counts = train(base, make_rows(20, seed=2, longest=60), lanes=3, steps=1)
+    assert set(counts) == {1}
+
+
+def test_memory_is_back_when_the_lanes_have_left(tiny_llama, make_rows, two_cores):
+    rows = make_rows(20, seed=1, longest=40)
+    base = load_base_model(tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu")
+    pack, members, _, _ = train(base, rows, lanes=4, steps=2)
+    seen = pack._threads.run([lambda: base.layout.adapters, lambda: base.layout.adapters])
+    assert seen == [(), ()]
+    assert len(members) == 4
