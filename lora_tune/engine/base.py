@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_tune.engine.attention import attend_as_loaded, attend_by_rows
 from lora_tune.engine.batches import Batch, as_arrays, collate
 from lora_tune.engine.fused import fuse_frozen_parts
-from lora_tune.engine.lora import PackedLinear, PackLayout
+from lora_tune.engine.lora import PackedLinear, new_layout
 from lora_tune.engine.loss import label_losses
 from lora_tune.engine.memory_errors import is_out_of_memory
 from lora_tune.errors import MachineError, ModelError
@@ -40,10 +40,12 @@ class BaseModel:
 
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.layout = PackLayout()
+        self.layout = new_layout(self.device)
         self.linears = linear_shapes(model)
         self.mean_linear_size = fmean(s.in_features * s.out_features for s in self.linears)
-        self.is_thread_safe = not any(_follows_lengths(module) for module in model.modules())
+        self.is_thread_safe = not (
+            getattr(model, "_is_stateful", False) or any(map(_follows_lengths, model.modules()))
+        )
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         for shape in self.linears:

@@ -142,12 +142,8 @@ class RowCut(NamedTuple):
 
 
 @dataclass
-class PackLayout(threading.local):
-    """Who owns which tokens of the batch that is being computed; shared by all packed layers.
-
-    Each thread has values of its own: parts of a pack are computed beside each other on a CPU
-    (``lane_threads.py``).
-    """
+class PackLayout:
+    """Who owns which tokens of the batch that is being computed; shared by all packed layers."""
 
     adapters: tuple[LaneAdapter | None, ...] = ()
     tokens: tuple[slice, ...] = ()  # of each lane
@@ -258,6 +254,20 @@ class PackLayout(threading.local):
             where = torch.device("cpu") if device.type == "meta" else device
             self._generators[device] = torch.Generator(where)
         return self._generators[device].manual_seed(seed)
+
+
+class ThreadLayout(threading.local, PackLayout):
+    """A layout of which each thread has values of its own."""
+
+
+def new_layout(device: torch.device) -> PackLayout:
+    """Return an empty layout for a model on a device.
+
+    On a CPU each thread has its own, since parts of a pack are computed beside each other (lane_threads.py).
+    Not on a GPU: there backward runs in a thread of autograd's, which must see the layout when a checkpointed
+    layer is computed again.
+    """
+    return ThreadLayout() if device.type == "cpu" else PackLayout()
 
 
 class PackedLinear(nn.Module):

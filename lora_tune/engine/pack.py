@@ -1,4 +1,4 @@
-"""A trial pack: lanes that share every pass through the frozen base.
+"""A trial pack: lanes that share passes through the frozen base.
 
 Shape key: K lanes, H hidden size, L label positions of all lanes.
 
@@ -18,7 +18,7 @@ On a CPU the lanes of a step are cut into parts that are computed beside each ot
 A lane whose readings put it in doubt is compared at once with the bare base on the rows of those steps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
@@ -75,13 +75,6 @@ class PassSize(NamedTuple):
 NO_PASS = PassSize(0, 0, 0)
 
 
-class _Part(NamedTuple):
-    """What a part of the lanes left, which one thread computed."""
-
-    losses_K: Tensor
-    largest_pass: PassSize
-
-
 class _Unread(NamedTuple):
     """A step whose losses and gradient norms are still on the device."""
 
@@ -91,6 +84,26 @@ class _Unread(NamedTuple):
     num_tokens: tuple[int, ...]
     readings: Tensor  # (2, K)
     apart: bool  # each lane had products of its own
+
+
+class _Passes:
+    """The largest pass of each part; what parts compute beside each other counts as one pass."""
+
+    def __init__(self, num_parts: int) -> None:
+        self._largest = [NO_PASS] * num_parts
+
+    def noter(self, part: int) -> Callable[[PassSize], None]:
+        """Return what a part calls before each of its passes."""
+
+        def note(size: PassSize) -> None:
+            self._largest[part] = PassSize(*map(max, self._largest[part], size))
+
+        return note
+
+    def together(self, other: PassSize) -> PassSize:
+        """Return the larger of each size of all parts together and of another pass."""
+        rows, lengths, labels = zip(*self._largest, strict=True)
+        return PassSize(*map(max, other, (sum(rows), max(lengths), sum(labels))))
 
 
 class TrialPack:
@@ -290,19 +303,23 @@ class TrialPack:
         own_rows = [self._micro_batches(lane) for lane in lanes]
         num_tokens = [sum(len(row.ids) for rows in own for row in rows) for own in own_rows]
         parts = self._cut([tokens / len(own_rows[0]) for tokens in num_tokens])
-        found = self._threads.run(
-            [
-                partial(
-                    self._accumulate_part,
-                    [lanes[k] for k in part],
-                    [own_rows[k] for k in part],
-                    group_rank,
-                )
-                for part in parts
-            ]
-        )
-        self._note_passes([part.largest_pass for part in found])
-        losses_K = _in_turn(parts, [part.losses_K.unbind() for part in found])
+        passes = _Passes(len(parts))
+        try:
+            found = self._threads.run(
+                [
+                    partial(
+                        self._accumulate_part,
+                        [lanes[k] for k in part],
+                        [own_rows[k] for k in part],
+                        group_rank,
+                        passes.noter(number),
+                    )
+                    for number, part in enumerate(parts)
+                ]
+            )
+        finally:  # a pass that ran out of memory counts too
+            self.largest_pass = passes.together(self.largest_pass)
+        losses_K = _in_turn(parts, [part_losses_K.unbind() for part_losses_K in found])
         return Gradients(torch.stack(losses_K), num_tokens)
 
     def _cut(self, pass_tokens: Sequence[float]) -> list[list[int]]:
@@ -312,21 +329,19 @@ class TrialPack:
         sizes = [tokens * self.base.mean_linear_size for tokens in pass_tokens]
         return cut(sizes, num_parts(sizes, cores=self._threads.cores))
 
-    def _note_passes(self, beside: Sequence[PassSize]) -> None:
-        """Take passes that were computed beside each other as one."""
-        rows, lengths, labels = zip(*beside, strict=True)
-        size = (sum(rows), max(lengths), sum(labels))
-        self.largest_pass = PassSize(*map(max, self.largest_pass, size))
-
     def _accumulate_part(
-        self, lanes: Sequence[Lane], own_rows: Sequence[list[list[RowArrays]]], group_rank: int
-    ) -> _Part:
+        self,
+        lanes: Sequence[Lane],
+        own_rows: Sequence[list[list[RowArrays]]],
+        group_rank: int,
+        note: Callable[[PassSize], None],
+    ) -> Tensor:
+        """Return the lanes' losses, in their order; gradients go into the lanes."""
         order = sorted(range(len(lanes)), key=lambda k: _group_key(lanes[k].adapter))
         ordered = [lanes[k] for k in order]
         parts = [own_rows[k] for k in order]
         labels = [sum(len(row.positions) for rows in own for row in rows) for own in parts]
         losses_K = torch.zeros(len(lanes), device=self.base.device)
-        largest = NO_PASS
         layout = self.base.layout
         layout.adapters = tuple(lane.adapter for lane in ordered)
         layout.steps = tuple(lane.step + 1 for lane in ordered)
@@ -338,13 +353,13 @@ class TrialPack:
                 lane.adapter.flat.grad.zero_()
             for micro_step in range(len(parts[0])):
                 batch = self._pack_rows([own[micro_step] for own in parts], micro_step)
-                largest = PassSize(*map(max, largest, _size_of(batch)))
+                note(_size_of(batch))
                 losses_K += self._backward(ordered, batch, labels)
         finally:
             layout.clear()
         # by slices: an index tensor from the host would make the host wait for the device
         in_turn = losses_K.unbind()
-        return _Part(torch.stack([in_turn[i] for i in np.argsort(order)]), largest)
+        return torch.stack([in_turn[i] for i in np.argsort(order)])
 
     def _backward(self, lanes: Sequence[Lane], batch: Batch, labels: Sequence[int]) -> Tensor:
         """Return each lane's share of its loss in this micro-batch; gradients go into the lanes."""
@@ -370,14 +385,23 @@ class TrialPack:
         chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
         num_tokens = sum(len(row.input_ids) for row in rows)
         parts = self._cut([num_tokens / len(chunks)] * len(adapters))
-        found = self._threads.run(
-            [
-                partial(self._evaluate_part, [adapters[k] for k in part], rows, chunks)
-                for part in parts
-            ]
-        )
-        self._note_passes([largest for _, largest in found])
-        sums = _in_turn(parts, [part_sums for part_sums, _ in found])
+        passes = _Passes(len(parts))
+        try:
+            found = self._threads.run(
+                [
+                    partial(
+                        self._evaluate_part,
+                        [adapters[k] for k in part],
+                        rows,
+                        chunks,
+                        passes.noter(number),
+                    )
+                    for number, part in enumerate(parts)
+                ]
+            )
+        finally:
+            self.largest_pass = passes.together(self.largest_pass)
+        sums = _in_turn(parts, found)
         dtype = str(self.base.compute_dtype).removeprefix("torch.")
         return [
             EvalResult(
@@ -395,20 +419,20 @@ class TrialPack:
         adapters: Sequence[LaneAdapter | None],
         rows: Sequence[TokenizedRow],
         chunks: Sequence[Sequence[int]],
-    ) -> tuple[np.ndarray, PassSize]:
-        """Return loss sums, (len(adapters), len(rows)), and the largest pass."""
+        note: Callable[[PassSize], None],
+    ) -> np.ndarray:
+        """Return loss sums, (len(adapters), len(rows))."""
         order = sorted(range(len(adapters)), key=lambda k: _group_key(adapters[k]))
         layout = self.base.layout
         layout.adapters = tuple(adapters[k] for k in order)
         layout.steps = (0,) * len(adapters)
         layout.group_rank = 0 if self._isolated else self.settings.group_rank
         losses, row_labels = [], []
-        largest = NO_PASS
         try:
             for chunk in chunks:
                 part = [as_arrays(rows[i]) for i in chunk]
                 batch = self._pack_rows([part] * len(adapters), 0)
-                largest = PassSize(*map(max, largest, _size_of(batch)))
+                note(_size_of(batch))
                 hidden_LH = self._label_hidden(batch)
                 losses.append(label_losses(hidden_LH, self.base.head, batch.targets_L, None))
                 row_labels.append(batch.row_labels)
@@ -425,7 +449,7 @@ class TrialPack:
             stop = start + len(adapters) * len(chunk)
             sums[np.ix_(order, chunk)] = summed[start:stop].reshape(len(adapters), len(chunk))
             start = stop
-        return sums, largest
+        return sums
 
     def _micro_batches(self, lane: Lane) -> list[list[RowArrays]]:
         """Return the lane's next effective batch, rows of similar length together."""

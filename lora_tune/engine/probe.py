@@ -422,7 +422,7 @@ class Probe:
             power = min(1.0, max(0.0, math.log(gain) / math.log(largest / smaller[0])))
         reached: float = known[largest] * max(1.0, num_rows / largest) ** power
         if lanes > 1 and all(reading.lanes == 1 for reading in self.readings):
-            reached *= most_gain(self.base.device)
+            reached *= most_gain(self.base.device) if self.base.is_thread_safe else 1.0
         return max(reached, self.kept.tokens_per_s)
 
     def _within_share(self, reading_s: float, tokens_per_s: float) -> bool:

@@ -81,7 +81,14 @@ def test_an_older_glibc_takes_what_it_can(
     library = Recorder(most)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert keep_freed_memory({}) is taken
-    assert library.calls == [*((-3, size) for size in sizes), (-1, -1)]
+    assert library.calls == [(-8, 1), *((-3, size) for size in sizes), (-1, -1)]
+
+
+def test_a_number_of_arenas_that_a_person_gave_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Recorder(1 << 31)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert keep_freed_memory({"MALLOC_ARENA_MAX": "4"}) is True
+    assert library.calls == [(-3, 1 << 30), (-1, -1)]
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 """Parts of a pack beside each other: how lanes are cut, what a thread may use, whose numbers are whose."""
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +13,15 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_tune.engine import base as base_module
 from lora_tune.engine import lane_threads
 from lora_tune.engine.base import BaseModel, load_base_model
 from lora_tune.engine.lane_threads import LaneThreads, cut, num_parts
-from lora_tune.engine.lora import PackLayout
-from lora_tune.engine.pack import NO_PASS, PackSettings, TrialPack
-from lora_tune.records import LaneJob, TrialConfig
+from lora_tune.engine.lora import new_layout
+from lora_tune.engine.memory_reading import HostMeter
+from lora_tune.engine.pack import NO_PASS, PackSettings, PassSize, TrialPack
+from lora_tune.executors.in_process import InProcessExecutor
+from lora_tune.records import LaneJob, TokenizedRow, TrialConfig
 
 SIZES = st.lists(st.floats(0, 1e9), min_size=1, max_size=12)
 CPU = torch.device("cpu")
@@ -103,12 +109,35 @@ def test_a_work_that_raises_is_heard_when_the_others_have_ended(two_cores):
     assert torch.get_num_threads() == 2
 
 
+def test_a_pool_grows_with_the_parts(two_cores):
+    threads = LaneThreads(CPU)
+    for count in (2, 3, 2):
+        there = threading.Barrier(count, timeout=20)
+        assert len(threads.run([there.wait] * count)) == count
+
+
+def test_an_interrupt_waits_for_the_parts(two_cores, monkeypatch):
+    ended = []
+    waits = iter([KeyboardInterrupt()])
+
+    def interrupted(futures):
+        if (error := next(waits, None)) is not None:
+            raise error
+        return wait(futures)
+
+    monkeypatch.setattr(lane_threads, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LaneThreads(CPU).run([lambda: time.sleep(0.2) or ended.append("slow"), lambda: None])
+    assert ended == ["slow"]
+    assert torch.get_num_threads() == 2
+
+
 def test_other_devices_have_one_part():
     assert LaneThreads(torch.device("meta")).cores == 1
 
 
-def test_each_thread_has_a_layout_of_its_own():
-    layout = PackLayout()
+def test_on_a_cpu_each_thread_has_a_layout_of_its_own():
+    layout = new_layout(CPU)
     layout.group_rank = 64
     seen: list[tuple[object, ...]] = []
     other = threading.Thread(target=lambda: seen.append((layout.group_rank, layout.adapters)))
@@ -202,18 +231,68 @@ def test_parts_give_the_same_bits_every_time(tiny_llama, make_rows, two_cores):
 
 
 def test_the_largest_pass_is_that_of_all_parts_together(tiny_llama, make_rows, two_cores):
-    rows = make_rows(20, seed=1, longest=40)
+    rows = tuple(
+        TokenizedRow(input_ids=(5,) * 12, labels=(-100,) * 8 + (5,) * 4) for _ in range(20)
+    )
     base = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
     pack, members, _, _ = train(base, rows, lanes=4, steps=1)
-    pack.largest_pass = NO_PASS
-    pack.accumulate(members)
-    assert pack.largest_pass.rows == 4 * SETTINGS.micro_batch_size
-    labels = pack.largest_pass.num_labels
-    torch.set_num_threads(1)
-    pack.largest_pass = NO_PASS
-    pack.accumulate(members)
-    assert pack.largest_pass.rows == 4 * SETTINGS.micro_batch_size
-    assert labels >= pack.largest_pass.num_labels  # the largest of each part may be of other passes
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        pack.largest_pass = NO_PASS
+        pack.accumulate(members)
+        num_rows = 4 * SETTINGS.micro_batch_size
+        assert pack.largest_pass == PassSize(rows=num_rows, max_length=12, num_labels=num_rows * 4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pass_that_does_not_end_counts_as_well(tiny_llama, make_rows, two_cores, threads):
+    torch.set_num_threads(threads)
+    base = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+    pack = TrialPack(base, make_rows(20), SETTINGS)
+    members = [pack.new_lane(make_job(base, lane)) for lane in range(4)]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for work in (
+        lambda: pack.train_step(members),
+        lambda: pack.evaluate([lane.adapter for lane in members], make_rows(4), split="selection"),
+    ):
+        handle = base.model.get_submodule("model.layers.1").register_forward_pre_hook(full)
+        pack.largest_pass = NO_PASS
+        with pytest.raises(torch.OutOfMemoryError):
+            work()
+        handle.remove()
+        assert pack.largest_pass.rows >= 4 * SETTINGS.micro_batch_size
+        assert pack.largest_pass.num_labels > 0
+
+
+def test_a_checkpointed_backward_in_another_thread_finds_the_lanes(
+    tiny_llama, make_rows, monkeypatch
+):
+    """So it runs on a GPU: backward, and what it computes again, in a thread of autograd's."""
+    monkeypatch.setattr(base_module, "new_layout", lambda device: new_layout(torch.device("cuda")))
+    gradients = []
+    for elsewhere in (False, True):
+        with monkeypatch.context() as patch:
+            if elsewhere:
+                patch.setattr(torch.Tensor, "backward", _backward_elsewhere)
+            base = load_base_model(
+                tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu"
+            )
+            base.set_gradient_checkpointing(True)
+            pack = TrialPack(base, make_rows(20, seed=1), SETTINGS)
+            lanes = [pack.new_lane(make_job(base, lane)) for lane in range(3)]
+            pack.accumulate(lanes)
+            gradients.append([lane.adapter.flat.grad for lane in lanes])
+    for here, there in zip(*gradients, strict=True):
+        assert torch.equal(here, there)
+        assert here.count_nonzero() > 0
+
+
+def _backward_elsewhere(loss: torch.Tensor) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.autograd.backward, loss).result()
 
 
 SMALL = {
@@ -262,6 +341,12 @@ def test_threads_leave_each_other_alone_in_every_family(
     assert_alike(found, train(base, rows, lanes=4, steps=3), rel=1e-5)
 
 
+def test_a_model_that_keeps_a_state_between_passes_is_not_cut():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    model._is_stateful = True  # as transformers marks recurrent ones
+    assert not BaseModel(model, compute_dtype=torch.float32).is_thread_safe
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -286,7 +371,47 @@ def test_a_model_whose_frequencies_follow_the_rows_is_not_cut(rope, make_rows, t
 def test_memory_is_back_when_the_lanes_have_left(tiny_llama, make_rows, two_cores):
     rows = make_rows(20, seed=1, longest=40)
     base = load_base_model(tiny_llama, quantization="nf4", compute_dtype="float32", device="cpu")
-    pack, members, _, _ = train(base, rows, lanes=4, steps=2)
-    seen = pack._threads.run([lambda: base.layout.adapters, lambda: base.layout.adapters])
-    assert seen == [(), ()]
-    assert len(members) == 4
+    meter = HostMeter()
+    held = []
+    for _ in range(3):
+        pack, members, results, counts = train(base, rows, lanes=4, steps=2)
+        assert set(counts) == {2}
+        del members, results
+        gc.collect()
+        held.append(meter.allocated_beside([]))  # the pack, with its threads, is still there
+        del pack
+    assert held[1] == held[2] <= held[0]
+
+
+def test_a_pack_in_parts_that_does_not_fit_is_halved(tiny_llama, make_rows, two_cores):
+    splits = {"train": make_rows(16, seed=1), "selection": make_rows(5, seed=2)}
+    base = load_base_model(tiny_llama, quantization="none", compute_dtype="float32", device="cpu")
+
+    def outcomes(fails):
+        def full(*_: object) -> None:
+            if fails():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        pack = TrialPack(base, splits["train"], SETTINGS)
+        executor = InProcessExecutor(pack, splits, lanes=4, base_model=None, meter=HostMeter())
+        handle = base.model.get_submodule("model.layers.1").register_forward_pre_hook(full)
+        for lane in range(4):
+            executor.submit(replace(make_job(base, lane), hold_step=3, end_step=3))
+        found = {}
+        while executor.busy:
+            found |= {outcome.trial: outcome for outcome in executor.wait()}
+        handle.remove()
+        return executor.max_lanes, found
+
+    layout = base.layout
+    # two lanes a part: four lanes together
+    lanes, found = outcomes(lambda: layout.training and len(layout.adapters) > 1)
+    assert lanes == 2
+    whole, wanted = outcomes(lambda: False)
+    assert whole == 4
+    for number, outcome in wanted.items():
+        losses = [point.train_loss for point in found[number].points]
+        assert losses == pytest.approx([point.train_loss for point in outcome.points], rel=1e-5)
+        assert len(losses) == 3
+        sums = found[number].evaluation.loss_sums
+        assert sums == pytest.approx(outcome.evaluation.loss_sums, rel=1e-5)

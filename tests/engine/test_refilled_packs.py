@@ -15,6 +15,7 @@ import torch
 from lora_tune.engine import lane_threads
 from lora_tune.engine.base import BaseModel, load_base_model
 from lora_tune.engine.lane import Lane
+from lora_tune.engine.lane_threads import LaneThreads
 from lora_tune.engine.lora import LaneAdapter
 from lora_tune.engine.pack import PackSettings, TrialPack
 from lora_tune.engine.reference import ReferenceTrial
@@ -33,12 +34,20 @@ LANES = [
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one part", "two parts"])
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Into how many parts, computed beside each other, a pack of several lanes is cut."""
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Cut packs into so many parts beside each other; yield how many there were each time."""
+    counts: list[int] = []
+    run = LaneThreads.run
+
+    def counted(threads: LaneThreads, works):
+        counts.append(len(works))
+        return run(threads, works)
+
+    monkeypatch.setattr(LaneThreads, "run", counted)
+    monkeypatch.setattr(lane_threads, "LEAST_WORK", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(lane_threads, "LEAST_WORK", 0)
-    yield request.param
+    yield counts
     torch.set_num_threads(threads)
 
 
@@ -134,7 +143,7 @@ def reference(
 @pytest.mark.parametrize("micro_batch_size", [4, 1])
 @pytest.mark.parametrize(("quantization", "group_rank"), [("nf4", 64), ("none", 10), ("none", 0)])
 def test_lanes_that_join_and_leave_train_as_plain_peft_does(
-    tiny_llama, rows, quantization, group_rank, micro_batch_size, checkpointing
+    tiny_llama, rows, parts, quantization, group_rank, micro_batch_size, checkpointing
 ):
     base = load_base_model(
         tiny_llama, quantization=quantization, compute_dtype="float32", device="cpu"
@@ -142,6 +151,7 @@ def test_lanes_that_join_and_leave_train_as_plain_peft_does(
     base.set_gradient_checkpointing(checkpointing)
     pack = TrialPack(base, rows, settings(micro_batch_size, group_rank))
     lanes = train_together(pack)
+    assert max(parts) == torch.get_num_threads()
     for number, lane in lanes.items():
         trial = reference(
             tiny_llama,

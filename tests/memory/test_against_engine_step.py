@@ -5,7 +5,7 @@ drops them when they die, with the CUDA allocator's rounding. Nothing of the est
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -34,6 +34,15 @@ CONFIG = transformers.LlamaConfig(
     num_key_value_heads=2,
     vocab_size=160,
 )
+
+
+@pytest.fixture(autouse=True)
+def one_part() -> Iterator[None]:
+    """A dispatch mode sees the thread in which it is on: lanes must not be cut into parts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class StorageCounter(TorchDispatchMode):
