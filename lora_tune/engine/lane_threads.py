@@ -3,7 +3,7 @@
 An operation on all cores ends with a wait for the slowest core, thousands of times in a pass, and small
 operations gain little from a second core. Lanes share nothing but frozen weights, so they can be cut into
 parts that are computed beside each other, each on its own cores, and wait for each other once a step:
-mostly 1.2 to 1.6 times as fast on two cores (``benchmarks/lane_threads.py``).
+1.4 times as fast on two cores, from 1.05 to 2.0 (``benchmarks/lane_threads.py``).
 
 The price is that one interpreter tells all parts what to compute, which limits their number.
 """
