@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-# Multiply-adds of a mean linear layer. With less in the smallest of two parts they were as often slower as
-# faster than one part.
+# Multiply-adds of a mean linear layer. With less in the smallest of two parts these were slower than one part
+# in bfloat16 as often as not.
 LEAST_WORK = 4e5
 # What a core does while the interpreter prepares one layer, forward and backward: about half a millisecond.
 WORK_OF_INTERPRETER = 1.25e7

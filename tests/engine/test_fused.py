@@ -6,31 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from small_models import small_model
 from torch import Tensor, nn
 
 from lora_tune.engine import fused
 from lora_tune.engine.base import load_base_model
 from lora_tune.engine.fused import FrozenGatedMLP, FrozenRMSNorm, fuse_frozen_parts
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "pad_token_id": 0,
-}
-
-
-def small_model(model_type: str, dtype: torch.dtype = torch.float32, **more: object) -> nn.Module:
-    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **more})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # norms begin at one: make them differ
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype).requires_grad_(False).eval()
 
 
 def kinds(model: nn.Module) -> dict[type[nn.Module], int]:

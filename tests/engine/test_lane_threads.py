@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import small_model
 
 from lora_tune.engine import base as base_module
 from lora_tune.engine import lane_threads
@@ -230,7 +230,7 @@ def test_parts_give_the_same_bits_every_time(tiny_llama, make_rows, two_cores):
     assert once[2] == again[2]
 
 
-def test_the_largest_pass_is_that_of_all_parts_together(tiny_llama, make_rows, two_cores):
+def test_the_largest_pass_is_that_of_all_parts_together(tiny_llama, two_cores):
     rows = tuple(
         TokenizedRow(input_ids=(5,) * 12, labels=(-100,) * 8 + (5,) * 4) for _ in range(20)
     )
@@ -295,17 +295,6 @@ def _backward_elsewhere(loss: torch.Tensor) -> None:
         pool.submit(torch.autograd.backward, loss).result()
 
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 160,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
 FAMILIES = (
     "llama",
     "qwen2",
@@ -320,10 +309,7 @@ FAMILIES = (
 
 
 def small_base(model_type: str, **more: object) -> BaseModel:
-    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **more})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    return BaseModel(model, compute_dtype=torch.float32)
+    return BaseModel(small_model(model_type, **more), compute_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -342,7 +328,7 @@ def test_threads_leave_each_other_alone_in_every_family(
 
 
 def test_a_model_that_keeps_a_state_between_passes_is_not_cut():
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    model = small_model("llama")
     model._is_stateful = True  # as transformers marks recurrent ones
     assert not BaseModel(model, compute_dtype=torch.float32).is_thread_safe
 
